@@ -1,0 +1,36 @@
+PYTHON ?= python3
+EXTRAS ?= tensorboard
+PY := .venv/bin/python
+STAMP = .venv/ready-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-$(EXTRAS)
+export NO_ALBUMENTATIONS_UPDATE := 1
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help setup demo test clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup:  ## a virtual environment in .venv with pinned wheels; seconds when it is there already
+	@test -f "$(STAMP)" -a "$(STAMP)" -nt setup.cfg -a "$(STAMP)" -nt constraints.txt || $(MAKE) --no-print-directory install
+
+.PHONY: install
+install:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else \
+	  "densepred needs Python 3.10, 3.11 or 3.12; $(PYTHON) is %d.%d: name another one, e.g. make setup PYTHON=python3.11" % v)'
+	$(PYTHON) -m venv --clear .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	@touch "$(STAMP)"
+
+demo: setup  ## write the Shapes set, train kMaX-DeepLab on it, evaluate, draw
+	$(PY) datasets/prepare_shapes.py datasets/shapes
+	$(PY) tools/train.py configs/kmax_r18_shapes.py --work-dir work_dirs/demo
+	$(PY) tools/demo_report.py work_dirs/demo
+
+test:  ## the whole suite
+	@$(MAKE) --no-print-directory setup EXTRAS=test
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest
+
+clean:  ## remove the environment and the run outputs
+	rm -rf .venv work_dirs datasets/shapes

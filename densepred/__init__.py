@@ -1,0 +1,1 @@
+"""densepred: dense prediction and segmentation."""

@@ -1,0 +1,79 @@
+"""What travels through every room: one image's ground truth and predictions, and the features between the parts."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from mmengine.structures import BaseDataElement, InstanceData
+from torch import Tensor
+
+IGNORE_INDEX = 255
+"""Label of pixels that no loss and no metric looks at."""
+
+
+@dataclass
+class PanopticMap:
+    """A panoptic segmentation of one image.
+
+    Attributes:
+        ids: (H, W) integer tensor, the segment number of every pixel; 0 = void.
+        segments: one record a segment, in the order of the annotation: ``id`` (int, > 0, as in ``ids``), ``label``
+            (int, contiguous class 0..C-1), ``isthing`` (bool), ``iscrowd`` (bool); predictions may add ``score`` (0..1).
+    """
+
+    ids: Tensor
+    segments: list[dict]
+
+    def to(self, *args, **kwargs) -> "PanopticMap":
+        """Move or cast ``ids`` as ``Tensor.to`` does (MMEngine moves samples by this name)."""
+        return PanopticMap(self.ids.to(*args, **kwargs), self.segments)
+
+    def numpy(self) -> np.ndarray:
+        """Return ``ids`` as an array on the CPU."""
+        return self.ids.cpu().numpy()
+
+
+class SegSample(BaseDataElement):
+    """One image's ground truth and predictions.
+
+    Every field is optional and absent until somebody sets it:
+
+    * ``gt_semantic``, ``pred_semantic``: (H, W) int64 tensor of classes; ground truth 255 = ignore;
+    * ``gt_panoptic``, ``pred_panoptic``: `PanopticMap`;
+    * ``gt_instances``, ``pred_instances``: MMEngine ``InstanceData`` with ``labels`` (N,), ``masks`` (N, H, W) bool,
+      ``bboxes`` (N, 4) xyxy pixels, predictions also ``scores`` (N,).
+
+    Metadata: ``img_path``, ``img_id``, ``ori_shape`` (H, W) of the file, ``img_shape`` (H, W) after the transforms and
+    before padding, ``pad_shape`` (H, W) of the batch, ``label_path``.
+    """
+
+
+@dataclass
+class Features:
+    """What a decoder hands to a head.
+
+    Attributes:
+        pixels: (B, C, h, w), the finest map, for masks or logits.
+        levels: multi-scale maps for queries, coarse to fine.
+        encoder: the encoder's own maps, finest first, for heads with an auxiliary branch on them.
+    """
+
+    pixels: Tensor
+    levels: list[Tensor]
+    encoder: list[Tensor]
+
+
+def segment_masks(ids: Tensor, segments: list[dict]) -> tuple[Tensor, Tensor]:
+    """Return the masks (N, H, W) bool and the labels (N,) int64 of the segments that are no crowd.
+
+    Args:
+        ids: (H, W) segment numbers.
+        segments: their records, see `PanopticMap`.
+    """
+    kept = [s for s in segments if not s["iscrowd"]]
+    numbers = torch.tensor([s["id"] for s in kept], dtype=ids.dtype, device=ids.device)
+    labels = torch.tensor([s["label"] for s in kept], dtype=torch.int64, device=ids.device)
+    return ids[None] == numbers[:, None, None], labels  # (N, H, W), (N,)
+
+
+__all__ = ["IGNORE_INDEX", "Features", "InstanceData", "PanopticMap", "SegSample", "segment_masks"]
