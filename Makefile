@@ -17,7 +17,7 @@ setup:  ## a virtual environment in .venv with pinned wheels; seconds when it is
 install:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else \
 	  "densepred needs Python 3.10, 3.11 or 3.12; $(PYTHON) is %d.%d: name another one, e.g. make setup PYTHON=python3.11" % v)'
-	$(PYTHON) -m venv --clear .venv
+	@test "$$($(PY) --version 2>&1)" = "$$($(PYTHON) --version 2>&1)" || $(PYTHON) -m venv --clear .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	@touch "$(STAMP)"
 
