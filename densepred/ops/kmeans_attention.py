@@ -1,0 +1,91 @@
+"""k-means cross attention, the step that gives kMaX-DeepLab its name (ECCV 2022, arXiv:2207.04044, section 3.2).
+
+Every pixel belongs to the query with its largest mask logit; a query's update is the plain sum of the values of its
+pixels (textbook k-means takes the mean). The (B, Q, P) one-hot matrix of that assignment is never built.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def _assign_and_sum(pixel_value: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor]:
+    batch, depth = pixel_value.shape[:2]
+    # `max` names the first of equal maxima, as `argmax` does, and is twice as fast on the CPU.
+    assignment = mask_logits.max(dim=1).indices  # (B, ...)
+    index = assignment.flatten(1)[:, None].expand(-1, depth, -1)  # (B, D, P)
+    sums = pixel_value.new_zeros((batch, depth, mask_logits.shape[1]), dtype=_sum_dtype(pixel_value.dtype))
+    return sums.scatter_add_(2, index, pixel_value.flatten(2).to(sums.dtype)), assignment  # (B, D, Q)
+
+
+BACKENDS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {"eager": _assign_and_sum}
+"""Implementations by the names that the environment variable ``DENSEPRED_OPS_BACKEND`` may take."""
+
+
+@torch.library.custom_op("densepred::kmeans_attention", mutates_args=())
+def _kmeans_attention(pixel_value: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor]:
+    return BACKENDS[_backend(pixel_value.device)](pixel_value, mask_logits)
+
+
+@_kmeans_attention.register_fake
+def _shapes(pixel_value: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor]:
+    batch, depth = pixel_value.shape[:2]
+    sums = pixel_value.new_empty((batch, depth, mask_logits.shape[1]), dtype=_sum_dtype(pixel_value.dtype))
+    assignment = mask_logits.new_empty((batch, *mask_logits.shape[2:]), dtype=torch.int64)
+    return sums, assignment
+
+
+def _save_for_backward(ctx, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.pixel_dtype = inputs[0].dtype
+
+
+def _gather_gradient(ctx, grad_sums: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
+    (assignment,) = ctx.saved_tensors
+    index = assignment.flatten(1)[:, None].expand(-1, grad_sums.shape[1], -1)  # (B, D, P)
+    return grad_sums.gather(2, index).unflatten(2, assignment.shape[1:]).to(ctx.pixel_dtype), None
+
+
+_kmeans_attention.register_autograd(_gather_gradient, setup_context=_save_for_backward)
+
+
+def kmeans_attention(pixel_value: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Assign every pixel to a query and sum the pixel values of each query.
+
+    Args:
+        pixel_value: (B, D, H, W) or (B, D, P), any float dtype.
+        mask_logits: (B, Q, H, W) or (B, Q, P), the same pixels. No gradient goes back to them: the assignment is hard.
+
+    Returns:
+        The centre sums (B, D, Q), zero for a query without pixels, in float32 (float64 for float64 values), and the
+        assignment (B, H, W) or (B, P) int64, the lowest query index where logits tie.
+
+    Raises:
+        ValueError: the two do not lie over the same pixels, or ``DENSEPRED_OPS_BACKEND`` names an unknown backend.
+    """
+    pixels, logits = tuple(pixel_value.shape), tuple(mask_logits.shape)
+    if (pixels[0], *pixels[2:]) != (logits[0], *logits[2:]):
+        raise ValueError(
+            f"kmeans_attention: pixel_value {pixels} and mask_logits {logits} differ beyond the channel axis"
+        )
+    return _kmeans_attention(pixel_value, mask_logits)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _backend(device: torch.device) -> str:
+    """Return the backend of a device: what the environment says, else the best there is (eager everywhere so far)."""
+    name = os.environ.get("DENSEPRED_OPS_BACKEND") or "eager"
+    if name not in BACKENDS:
+        raise ValueError(
+            f"DENSEPRED_OPS_BACKEND={name!r}: on {device.type} choose one of {sorted(BACKENDS)} or unset it"
+        )
+    return name
+
+
+__all__ = ["BACKENDS", "kmeans_attention"]
