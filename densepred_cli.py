@@ -1,1 +1,199 @@
-def main(): ...
+"""The command line: ``densepred COMMAND ...`` and ``tools/*.py`` are the same code.
+
+It lies outside the package because importing the package imports torch, and ``--help`` must answer at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+ERRORS_OF_USERS = (ValueError, FileNotFoundError, FloatingPointError)
+"""Shown as one message without a stack trace, unless DENSEPRED_TRACEBACK is set."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what train and test share."""
+    parser.add_argument("--work-dir", help="where outputs go; default: work_dirs/<config's name>")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="override config values, e.g. train_dataloader.batch_size=4",
+    )
+    parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    """Train a model, or go on with an interrupted run."""
+    parser.add_argument("config")
+    add_options(parser)
+    parser.add_argument(
+        "--resume", nargs="?", const="auto", metavar="auto|PATH", help="go on from the newest checkpoint, or from PATH"
+    )
+    parser.add_argument("--amp", action="store_true", help="bfloat16 mixed precision")
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from densepred.engine import report, runner
+
+    launched = runner.train(args.config, options_of(args), args.work_dir, args.resume, args.launcher, args.amp)
+    print(report.where_outputs_are(launched.work_dir))
+
+
+def add_test(parser: argparse.ArgumentParser) -> None:
+    """Evaluate a checkpoint on the config's test set."""
+    parser.add_argument("config")
+    parser.add_argument("checkpoint", help="ours, .safetensors, or a published file, converted on the fly")
+    add_options(parser)
+    parser.add_argument("--out", metavar="DIR", help="write predictions in the data set's official format")
+    parser.add_argument("--show-dir", metavar="DIR", help="write a picture of every prediction")
+
+
+def run_test(args: argparse.Namespace) -> None:
+    from densepred.engine import report, runner
+
+    launched = runner.test(
+        args.config, args.checkpoint, options_of(args), args.work_dir, args.launcher, args.out, args.show_dir
+    )
+    print(report.where_outputs_are(launched.work_dir))
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    """Score predictions in an official format, without a model or a config."""
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    panoptic = tasks.add_parser("panoptic", help="COCO panoptic format: PQ, SQ, RQ")
+    panoptic.add_argument("--gt", required=True, metavar="JSON", help="ground truth")
+    panoptic.add_argument("--gt-dir", required=True, metavar="DIR", help="its PNG files")
+    panoptic.add_argument("--pred", required=True, metavar="JSON", help="predictions")
+    panoptic.add_argument("--pred-dir", required=True, metavar="DIR", help="their PNG files")
+    panoptic.add_argument("--workers", type=int, default=0, help="processes; 0 counts in this one")
+    panoptic.add_argument("--out", metavar="JSON", help="write the figures, in 0..1 with full precision")
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    from densepred.evaluation.panoptic import evaluate_and_print
+
+    evaluate_and_print(args.gt, args.gt_dir, args.pred, args.pred_dir, args.workers, args.out)
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    """Turn published weights into ours: every key used, none missing, every shape checked."""
+    parser.add_argument("src", help="the published file (.pth, .pkl, .safetensors)")
+    parser.add_argument("dst", help="where ours goes (.pth or .safetensors)")
+    parser.add_argument(
+        "--source", required=True, help="kmax-deeplab, torchvision-resnet, detectron2-resnet, convnext, ..."
+    )
+    parser.add_argument("--config", required=True, help="the config of the model that will load it")
+    parser.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE")
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    from densepred import build_model
+    from densepred.engine.conversion import convert_file
+
+    print(convert_file(args.src, args.dst, args.source, build_model(args.config, options_of(args))))
+
+
+def add_benchmark(parser: argparse.ArgumentParser) -> None:
+    """Time our code against a named baseline in the same run."""
+    subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+    evaluators = subjects.add_parser("eval", help="panoptic quality against the official evaluator, one core")
+    evaluators.add_argument("--gt", metavar="JSON", help="default: generated maps")
+    evaluators.add_argument("--gt-dir", metavar="DIR")
+    evaluators.add_argument("--pred", metavar="JSON")
+    evaluators.add_argument("--pred-dir", metavar="DIR")
+    evaluators.add_argument("--repeats", type=int, default=5)
+
+
+def run_benchmark(args: argparse.Namespace) -> None:
+    from densepred.evaluation.benchmark import benchmark_eval
+
+    print(benchmark_eval(args.gt, args.gt_dir, args.pred, args.pred_dir, args.repeats))
+
+
+def add_predict(parser: argparse.ArgumentParser) -> None:
+    """Segment one image: a picture and a JSON record."""
+    parser.add_argument("image")
+    parser.add_argument("config")
+    parser.add_argument("checkpoint")
+    parser.add_argument("--out", default="prediction.png", metavar="PNG", help="a .json beside it lists the segments")
+    parser.add_argument("--device", default="cpu")
+
+
+def run_predict(args: argparse.Namespace) -> None:
+    from densepred.inference import predict_to_file
+
+    predict_to_file(args.config, args.checkpoint, args.image, args.out, args.device)
+
+
+def add_print_config(parser: argparse.ArgumentParser) -> None:
+    """Print a config as the run sees it, after bases, options and links."""
+    parser.add_argument("config")
+    parser.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE")
+
+
+def run_print_config(args: argparse.Namespace) -> None:
+    from densepred.engine.config import load_config
+
+    print(load_config(args.config, options_of(args)).pretty_text)
+
+
+COMMANDS: dict[str, tuple[Callable, Callable]] = {
+    "train": (add_train, run_train),
+    "test": (add_test, run_test),
+    "evaluate": (add_evaluate, run_evaluate),
+    "predict": (add_predict, run_predict),
+    "convert": (add_convert, run_convert),
+    "benchmark": (add_benchmark, run_benchmark),
+    "print-config": (add_print_config, run_print_config),
+}
+
+
+def options_of(args: argparse.Namespace) -> dict:
+    """Return ``--cfg-options`` as a dict."""
+    from densepred.engine.config import parse_options
+
+    return parse_options(args.cfg_options)
+
+
+def main(command: str | None = None) -> None:
+    """Run one command; without ``command`` the first word names it.
+
+    Args:
+        command: set by ``tools/*.py``, which are one command each.
+    """
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the package index at every start
+    if command is None:
+        parser = argparse.ArgumentParser(prog="densepred", description="Dense prediction and segmentation.")
+        commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+        for name, (add, _) in COMMANDS.items():
+            add(commands.add_parser(name, help=add.__doc__, description=add.__doc__))
+        args = parser.parse_args()
+        command = args.command
+    else:
+        add = COMMANDS[command][0]
+        parser = argparse.ArgumentParser(description=add.__doc__)
+        add(parser)
+        args = parser.parse_args()
+    if args.__dict__.get("local_rank") is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    try:
+        COMMANDS[command][1](args)
+    except ERRORS_OF_USERS as error:
+        if os.environ.get("DENSEPRED_TRACEBACK"):
+            raise
+        sys.exit(f"densepred {command}: {last_message(error)}\n(DENSEPRED_TRACEBACK=1 shows where)")
+
+
+def last_message(error: Exception) -> str:
+    """Return an error's message; of one raised in a data loader's worker, the message behind the worker's trace."""
+    text = str(error)
+    if "Original Traceback" not in text:
+        return text
+    return text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The one assembly: preprocess -> encoder -> decoder -> head."""
+
+from mmengine.model import BaseModel
+from torch import Tensor
+
+from densepred.registry import MODELS
+from densepred.structures import SegSample
+
+
+@MODELS.register_module()
+class Segmentor(BaseModel):
+    """Encoder, decoder and head, joined by the numbers they state about themselves.
+
+    The decoder is built with the encoder's ``channels`` and ``strides``, the head with the decoder's ``channels`` and
+    ``level_channels`` and the encoder's ``channels``; a config repeats none of them.
+
+    Args:
+        encoder: config of the encoder.
+        decoder: config of the decoder, without ``in_channels`` and ``in_strides``.
+        head: config of the head, without ``in_channels``, ``level_channels`` and ``encoder_channels``.
+        data_preprocessor: config of the preprocessor; without one, images must arrive normalised and stacked.
+        init_cfg: MMEngine weight initialisation of the whole model, e.g. ``dict(type="Pretrained", checkpoint=PATH)``.
+    """
+
+    def __init__(
+        self,
+        encoder: dict,
+        decoder: dict,
+        head: dict,
+        data_preprocessor: dict | None = None,
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__(data_preprocessor, init_cfg)
+        self.encoder = MODELS.build(encoder)
+        self.decoder = MODELS.build(
+            dict(decoder, in_channels=list(self.encoder.channels), in_strides=list(self.encoder.strides))
+        )
+        self.head = MODELS.build(
+            dict(
+                head,
+                in_channels=self.decoder.channels,
+                level_channels=list(self.decoder.level_channels),
+                encoder_channels=list(self.encoder.channels),
+            )
+        )
+
+    def forward(self, inputs: Tensor, data_samples: list[SegSample] | None = None, mode: str = "tensor"):
+        """Run the model.
+
+        Args:
+            inputs: (B, 3, H, W), normalised, any float dtype.
+            data_samples: one sample an image; needed for ``loss`` (targets) and ``predict`` (metadata).
+            mode: ``tensor`` for the head's raw outputs, ``loss`` for a dict of losses, ``predict`` for the samples with
+                their ``pred_`` fields set.
+
+        Returns:
+            A dict of tensors, a dict of scalars or a list of `SegSample`, by ``mode``.
+
+        Raises:
+            ValueError: ``mode`` is none of the three.
+        """
+        if mode not in ("tensor", "loss", "predict"):
+            raise ValueError(f"mode={mode!r}: Segmentor knows 'tensor', 'loss' and 'predict'")
+        outputs = self.head(self.decoder(self.encoder(inputs)))
+        if mode == "tensor":
+            return outputs
+        if mode == "loss":
+            return self.head.loss(outputs, data_samples)
+        for sample, fields in zip(
+            data_samples, self.head.predict(outputs, [s.metainfo for s in data_samples]), strict=True
+        ):
+            for name, value in fields.items():
+                sample.set_field(value, name)
+        return data_samples

@@ -1,0 +1,6 @@
+"""The same as ``densepred benchmark``."""
+
+from densepred_cli import main
+
+if __name__ == "__main__":
+    main("benchmark")
