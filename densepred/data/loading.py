@@ -1,0 +1,179 @@
+"""Reading images and panoptic label maps, with one clear error for every file that cannot be used.
+
+Pillow decodes everything: unlike some OpenCV versions it refuses truncated files instead of filling them with grey, and
+it is what the reference mappers use.
+"""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+from mmcv.transforms import BaseTransform
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from densepred.data.errors import DamagedImageError
+from densepred.registry import TRANSFORMS
+
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> the operation that puts the stored pixels upright."""
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read a photo as (H, W, 3) uint8 RGB.
+
+    Grey, palette and CMYK images become RGB; an alpha channel is dropped (the colour under it stays, nothing is
+    composited); 16 bits a channel become 8 by round(x / 257); an EXIF orientation is applied, so that (H, W) is the
+    upright size.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedImageError: the file is empty, truncated or no image.
+    """
+    data = _read_bytes(path, "image")
+    image, wide = _decode(data, path, "image")
+    if wide:
+        pixels = Image.fromarray(_decode_16_bit(data, path))
+    elif image.mode in ("I", "F"):
+        raise DamagedImageError(f"image {path} has 32 bits a channel; save it with 8 or 16 bits")
+    else:
+        pixels = image.convert("RGB")
+    orientation = _orientation(image)
+    return np.array(pixels if orientation == 1 else pixels.transpose(_UPRIGHT[orientation]))  # (H, W, 3)
+
+
+def read_panoptic(path: str | Path) -> np.ndarray:
+    """Read a panoptic PNG as (H, W) uint32 segment ids, R + 256 G + 65536 B.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedImageError: the file is empty, truncated, no image or not of 8 bits a channel.
+    """
+    image, wide = _decode(_read_bytes(path, "label map"), path, "label map")
+    if wide or image.mode in ("I", "F"):
+        raise DamagedImageError(
+            f"label map {path} has mode {image.mode}; a panoptic PNG is RGB with 8 bits a channel, "
+            "id = R + 256 G + 65536 B: write it again in that form"
+        )
+    rgb = np.asarray(image.convert("RGB"))  # (H, W, 3)
+    padded = np.zeros((*rgb.shape[:2], 4), np.uint8)
+    padded[..., :3] = rgb
+    return padded.view("<u4")[..., 0]  # (H, W)
+
+
+def _read_bytes(path: str | Path, what: str) -> bytes:
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{what} {path} does not exist; check the data root and its folders, or fetch the file again"
+        ) from None
+    if not data:
+        raise DamagedImageError(f"{what} {path} is empty (0 bytes); fetch it again")
+    return data
+
+
+def _decode(data: bytes, path: str | Path, what: str) -> tuple[Image.Image, bool]:
+    """Return the decoded image and whether the file has 16 bits a channel."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        # Pillow opens 16-bit colour as 8-bit "RGB"; only the decoder's raw mode (RGB;16B), gone after load(), tells.
+        wide = ";16" in str(image.tile)
+        image.load()
+    except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
+        reason = "no known image format" if isinstance(error, UnidentifiedImageError) else error
+        raise DamagedImageError(
+            f"{what} {path} cannot be decoded ({reason}; {len(data)} bytes): it is truncated or damaged, "
+            "fetch it again or take it out of the annotation file"
+        ) from error
+    return image, wide
+
+
+def _decode_16_bit(data: bytes, path: str | Path) -> np.ndarray:
+    flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR_BGR | cv2.IMREAD_IGNORE_ORIENTATION
+    bgr = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    if bgr is None or bgr.dtype != np.uint16:
+        raise DamagedImageError(f"image {path} has 16 bits a channel in a form OpenCV cannot read; save it with 8 bits")
+    rgb = bgr[..., ::-1].astype(np.uint32)
+    return ((rgb + 128) // 257).astype(np.uint8)  # (H, W, 3)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 (upright) where there is none or it is out of range."""
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return value if value in _UPRIGHT else 1
+
+
+@TRANSFORMS.register_module()
+class LoadImage(BaseTransform):
+    """Read ``img_path`` into ``img`` (H, W, 3) uint8 RGB; sets ``ori_shape`` and ``img_shape`` (H, W)."""
+
+    def transform(self, results: dict) -> dict:
+        results["img"] = read_image(results["img_path"])
+        results["ori_shape"] = results["img_shape"] = results["img"].shape[:2]
+        return results
+
+
+@TRANSFORMS.register_module()
+class LoadPanoptic(BaseTransform):
+    """Read ``panoptic_path`` into ``panoptic`` (H, W) uint16, the segments renumbered 1..N in JSON order, 0 = void.
+
+    ``segments`` gets the records of ``segments_info`` with the new ids (keys id, label, isthing, iscrowd), those without
+    a pixel too. The map has the size of the file, also after a resize of the image: training pipelines load it before.
+
+    Raises:
+        DamagedImageError: the PNG holds ids that the annotation does not know, or is not of the photo's size.
+    """
+
+    def transform(self, results: dict) -> dict:
+        path = results["panoptic_path"]
+        ids = read_panoptic(path)
+        if ids.shape != tuple(results["ori_shape"]):
+            raise DamagedImageError(_size_clash(ids.shape, results))
+        # Ids are below 2^24; the pages of this table that no id touches are never allocated.
+        table = np.zeros(1 << 24, np.uint16)
+        infos = results["segments_info"]
+        table[[info["id"] for info in infos]] = np.arange(1, len(infos) + 1)
+        panoptic = table[ids]
+        unknown = ids[(panoptic == 0) & (ids != 0)]
+        if unknown.size:
+            raise DamagedImageError(
+                f"label map {path} holds segment ids {_listing(np.unique(unknown))} that its annotation does not list "
+                f"({len(infos)} segments); the PNG and the JSON do not belong together: prepare both again"
+            )
+        results["panoptic"] = panoptic  # (H, W)
+        results["segments"] = [
+            dict(id=number, label=info["label"], isthing=bool(info["isthing"]), iscrowd=bool(info["iscrowd"]))
+            for number, info in enumerate(infos, 1)
+        ]
+        return results
+
+
+def _listing(values: np.ndarray) -> str:
+    return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
+
+
+def _size_clash(label_shape: tuple[int, int], results: dict) -> str:
+    height, width = results["ori_shape"]
+    message = (
+        f"label map {results['panoptic_path']} is {label_shape[0]} x {label_shape[1]} (height x width), but its image "
+        f"{results['img_path']} is {height} x {width}"
+    )
+    orientation = _orientation(Image.open(results["img_path"]))
+    if label_shape == (width, height) and orientation >= 5:
+        return (
+            f"{message} once its EXIF orientation ({orientation}) is applied; the labels were drawn on the pixels as "
+            "stored: remove the orientation tag from the image (exiftool -Orientation= FILE)"
+        )
+    return f"{message}; the two do not belong together: prepare the annotation again"
