@@ -30,7 +30,8 @@ class Segmentor(BaseModel):
         data_preprocessor: dict | None = None,
         init_cfg: dict | None = None,
     ) -> None:
-        super().__init__(data_preprocessor, init_cfg)
+        # Built here: MMEngine would look for it in its root registry only.
+        super().__init__(MODELS.build(data_preprocessor) if data_preprocessor else None, init_cfg)
         self.encoder = MODELS.build(encoder)
         self.decoder = MODELS.build(
             dict(decoder, in_channels=list(self.encoder.channels), in_strides=list(self.encoder.strides))

@@ -172,41 +172,39 @@ def check_kind(name: str, old: Any, new: Any, where: str) -> None:
 
 def set_option(values: dict, key: str, value: Any) -> dict:
     """Return ``values`` with one dotted key set; digits index lists."""
-    where = f"--cfg-options {key}={value}"
-    *path, last = key.split(".")
-    values = copy.deepcopy(values)
-    node = values
-    for depth, part in enumerate(path):
-        node = _step(node, part, ".".join(path[:depth]), where)
-    if isinstance(node, list):
-        node[_index(node, last, where)] = value
-        return values
-    if not isinstance(node, dict):
-        raise ConfigError(f"{where}: {'.'.join(path)} is {node!r}, it has no keys")
-    if not path and last not in values:
-        raise ConfigError(f"{where}: unknown key {last!r}{nearest(last, values.keys() | runner_keys())}")
-    check_type_change(node, {last: value}, where, "".join(f"{p}." for p in path))
-    if last in node:
-        check_kind(key, node[last], value, where)
-    node[last] = value
-    return values
+    first = key.split(".")[0]
+    if first not in values and (first != key or first not in runner_keys()):
+        raise ConfigError(f"--cfg-options {key}={value}: unknown key {first!r}{nearest(first, values.keys() | runner_keys())}")
+    return _set(values, key.split("."), 0, value, f"--cfg-options {key}={value}")
 
 
-def _step(node: Any, part: str, prefix: str, where: str) -> Any:
-    if isinstance(node, list | tuple):
-        return node[_index(node, part, where)]
+def _set(node: Any, path: list[str], depth: int, value: Any, where: str) -> Any:
+    """Return ``node`` with the value at ``path[depth:]`` below it set."""
+    if depth == len(path):
+        return value
+    part, prefix = path[depth], ".".join(path[:depth])
+    last = depth == len(path) - 1
     if isinstance(node, str) and LINK.fullmatch(node):
         raise ConfigError(f"{where}: {prefix} is the link {node}; set {node[2:-1]}.{part} instead")
-    if not isinstance(node, dict) or part not in node:
-        known = node.keys() if isinstance(node, dict) else []
-        raise ConfigError(f"{where}: unknown key {part!r}{f' in {prefix}' if prefix else ''}{nearest(part, known)}")
-    return node[part]
+    if isinstance(node, list | tuple):
+        index = _index(node, part, where)
+        items = [_set(item, path, depth + 1, value, where) if i == index else item for i, item in enumerate(node)]
+        return type(node)(items)
+    if not isinstance(node, dict):
+        raise ConfigError(f"{where}: {prefix} is {node!r}, it has no keys")
+    if last:
+        check_type_change(node, {part: value}, where, f"{prefix}." if prefix else "")
+        if part in node:
+            check_kind(".".join(path), node[part], value, where)
+    elif part not in node:
+        raise ConfigError(f"{where}: unknown key {part!r} in {prefix}{nearest(part, node)}")
+    return {**node, part: _set(node.get(part), path, depth + 1, value, where)}
 
 
 def _index(node: list | tuple, part: str, where: str) -> int:
     if not part.lstrip("-").isdigit() or not -len(node) <= int(part) < len(node):
         raise ConfigError(f"{where}: {part!r} is no index of a list of {len(node)}")
-    return int(part)
+    return int(part) % len(node)
 
 
 def resolve_links(values: dict) -> tuple[dict, set[str]]:

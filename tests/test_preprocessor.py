@@ -1,0 +1,60 @@
+"""Normalisation and padding of batches."""
+
+import pytest
+import torch
+
+from densepred.data.preprocessor import SegPreprocessor
+from densepred.structures import PanopticMap, SegSample
+
+
+def sample(height: int, width: int) -> SegSample:
+    made = SegSample(metainfo={"img_path": "x.jpg"})
+    made.gt_panoptic = PanopticMap(torch.ones(height, width, dtype=torch.int64), [{"id": 1}])
+    made.gt_semantic = torch.zeros(height, width, dtype=torch.int64)
+    return made
+
+
+def batch(*sizes: tuple[int, int]) -> dict:
+    images = [torch.full((3, h, w), 255, dtype=torch.uint8) for h, w in sizes]
+    return {"inputs": images, "data_samples": [sample(h, w) for h, w in sizes]}
+
+
+def preprocessor(**size) -> SegPreprocessor:
+    return SegPreprocessor(mean=[127.5] * 3, std=[127.5] * 3, **size)
+
+
+def test_images_are_normalised_then_padded_with_zeros():
+    out = preprocessor(size=(9, 7))(batch((5, 6), (8, 3)), training=True)
+    assert out["inputs"].shape == (2, 3, 9, 7)
+    assert out["inputs"][0, :, :5, :6].eq(1).all()
+    assert out["inputs"][0].sum() == 3 * 5 * 6
+    first = out["data_samples"][0]
+    assert first.gt_panoptic.ids.shape == (9, 7)
+    assert first.gt_panoptic.ids.sum() == 5 * 6
+    assert (first.gt_semantic == 255).sum() == 9 * 7 - 5 * 6
+    assert first.img_shape == (5, 6)
+    assert first.pad_shape == (9, 7)
+
+
+def test_targets_keep_their_size_in_evaluation():
+    out = preprocessor(size_divisor=4)(batch((5, 6)))
+    assert out["inputs"].shape == (1, 3, 8, 8)
+    assert out["data_samples"][0].gt_panoptic.ids.shape == (5, 6)
+
+
+def test_padding_inside_the_image_is_zeroed():
+    data = batch((4, 4))
+    data["data_samples"][0].padding = torch.eye(4, dtype=torch.bool)
+    out = preprocessor(size=(4, 4))(data, training=True)
+    assert out["inputs"][0, 0].diag().abs().sum() == 0
+    assert out["inputs"][0, 0].sum() == 12
+
+
+def test_an_image_larger_than_the_batch_is_named():
+    with pytest.raises(ValueError, match=r"size is 4x4, but the pipeline delivered 5x3 .*x.jpg"):
+        preprocessor(size=(4, 4))(batch((5, 3)))
+
+
+def test_size_and_divisor_exclude_each_other():
+    with pytest.raises(ValueError, match="one of size"):
+        preprocessor()
