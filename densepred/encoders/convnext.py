@@ -6,6 +6,7 @@ and right and below each downsampling input, there before the LayerNorm, which t
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,7 @@ class ConvNeXt(BaseModule):
         rates = [drop_path_rate * i / (sum(blocks) - 1) for i in range(sum(blocks))]
         self.kmax_padding = kmax_padding
         self.downsample_layers = nn.ModuleList([nn.Sequential(nn.Conv2d(3, dims[0], 4, 4), LayerNorm2d(dims[0]))])
-        for before, after in zip(dims[:-1], dims[1:], strict=True):
+        for before, after in pairwise(dims):
             self.downsample_layers.append(nn.Sequential(LayerNorm2d(before), nn.Conv2d(before, after, 2, 2)))
         self.stages = nn.ModuleList()
         for count, dim in zip(blocks, dims, strict=True):
