@@ -1,0 +1,6 @@
+"""Losses and matching: pure functions on tensors, and the modules that hold their numbers."""
+
+from densepred.losses.kmax import KMaXCriterion
+from densepred.losses.matcher import hungarian_match
+
+__all__ = ["KMaXCriterion", "hungarian_match"]
