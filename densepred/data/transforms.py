@@ -1,0 +1,343 @@
+"""Transforms between loading and the model; every random number comes from ``results["rng"]``.
+
+Label maps that move with the image, all optional: ``panoptic`` (void 0), ``semantic`` (void 255), ``padding`` (True
+where the image holds no pixels of any photo, set by `CopyPaste`) and ``masks`` (N, H, W).
+"""
+
+import difflib
+import inspect
+import os
+import random
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+import torch
+from mmcv.transforms import BaseTransform
+from numpy.random import Generator
+from PIL import Image
+
+from densepred.registry import TRANSFORMS
+from densepred.structures import PanopticMap, SegSample
+
+LABEL_KEYS = ("panoptic", "semantic", "padding", "masks")
+
+Transform = Callable[[dict], dict]
+
+
+def build_pipeline(transforms: list[dict | Transform]) -> list[Transform]:
+    """Build the transforms of a nested pipeline; callables are taken as they are."""
+    return [TRANSFORMS.build(transform) if isinstance(transform, dict) else transform for transform in transforms]
+
+
+def run_pipeline(transforms: list[Transform], results: dict) -> dict:
+    """Apply the transforms one after the other."""
+    for transform in transforms:
+        results = transform(results)
+    return results
+
+
+def draw_image(results: dict) -> dict:
+    """Return the fresh results of a random image of the same data set, with the same generator."""
+    rng, dataset = results["rng"], results["dataset"]
+    info = dataset.get_data_info(int(rng.integers(len(dataset))))
+    return {**info, "rng": rng, "dataset": dataset}
+
+
+def drop_vanished(results: dict) -> dict:
+    """Remove the segments without a pixel in ``panoptic``; the ids of the others stay."""
+    if "panoptic" in results:
+        largest = max((s["id"] for s in results["segments"]), default=0)
+        areas = np.bincount(results["panoptic"].ravel(), minlength=largest + 1)
+        results["segments"] = [s for s in results["segments"] if areas[s["id"]]]
+    return results
+
+
+def nearest_index(old: int, new: int) -> np.ndarray:
+    """Return (new,) indices into ``old`` pixels: Pillow's own nearest rule for RGB images, ties included."""
+    row = Image.fromarray(np.arange(old, dtype=np.int32)[None])
+    return np.asarray(row.resize((new, 1), Image.Resampling.NEAREST))[0]
+
+
+def resize(
+    results: dict, shape: tuple[int, int], offset: tuple[int, int] = (0, 0), window: tuple[int, int] | None = None
+) -> dict:
+    """Resize the image and its labels to ``shape`` and keep a window of the result.
+
+    Only the window is computed, up to five times cheaper than resize and crop. Images go through Pillow's bilinear
+    filter, which widens when it shrinks (as detectron2's ``ResizeTransform``, unlike OpenCV's); Pillow holds the window's
+    corner in float32, so that ties may round the other way than in a crop of the whole: one or two grey levels, rarely.
+
+    Args:
+        shape: (H, W) of the whole resized image.
+        offset: (top, left) of the window in it.
+        window: (H, W) of the window; None = all of it.
+    """
+    height, width = results["img"].shape[:2]
+    (top, left), (rows, columns) = offset, window or shape
+    y, x = height / shape[0], width / shape[1]
+    box = (left * x, top * y, min((left + columns) * x, width), min((top + rows) * y, height))
+    image = Image.fromarray(results["img"]).resize((columns, rows), Image.Resampling.BILINEAR, box=box)
+    results["img"] = np.array(image)  # (rows, columns, 3)
+    results["img_shape"] = (rows, columns)
+    ys = nearest_index(height, shape[0])[top : top + rows]
+    xs = nearest_index(width, shape[1])[left : left + columns]
+    for key in LABEL_KEYS:
+        if key in results:
+            results[key] = np.take(np.take(results[key], ys, axis=-2), xs, axis=-1)  # (..., rows, columns)
+    return drop_vanished(results)
+
+
+@TRANSFORMS.register_module()
+class ResizeToFit(BaseTransform):
+    """Scale to the largest size that fits into a box, up or down, aspect kept: the test-time resize.
+
+    Args:
+        size: (H, W) of the box in pixels.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def transform(self, results: dict) -> dict:
+        height, width = results["img"].shape[:2]
+        scale = min(self.size[0] / height, self.size[1] / width)
+        return resize(results, (max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)))
+
+
+@TRANSFORMS.register_module()
+class ScaleJitter(BaseTransform):
+    """Fit into a randomly scaled box, then crop at random to at most the box itself (large-scale jitter).
+
+    Smaller results stay unpadded: the preprocessor pads after normalisation. The reference mapper jitters the colours
+    between resize and crop; colours change pixel by pixel, so that doing it after the crop gives the same at less cost.
+
+    Args:
+        size: (H, W) of the box in pixels.
+        ratio_range: limits of the uniform scale of the box.
+    """
+
+    def __init__(self, size: tuple[int, int], ratio_range: tuple[float, float] = (0.2, 2.0)) -> None:
+        self.size, self.ratio_range = size, ratio_range
+
+    def transform(self, results: dict) -> dict:
+        rng: Generator = results["rng"]
+        height, width = results["img"].shape[:2]
+        scale = rng.uniform(*self.ratio_range) * min(self.size[0] / height, self.size[1] / width)
+        shape = max(round(height * scale), 1), max(round(width * scale), 1)
+        window = min(shape[0], self.size[0]), min(shape[1], self.size[1])
+        offset = int(rng.integers(shape[0] - window[0] + 1)), int(rng.integers(shape[1] - window[1] + 1))
+        return resize(results, shape, offset, window)
+
+
+@TRANSFORMS.register_module()
+class SSDColorJitter(BaseTransform):
+    """The photometric distortion of SSD (arXiv:1512.02325), in its order, which no Albumentations transform has.
+
+    Brightness; then contrast, saturation, hue, or saturation, hue, contrast, by a coin; each with probability one half.
+    Every step rounds towards zero and clips to uint8, as the reference does.
+
+    Args:
+        brightness: largest shift of the grey values.
+        contrast: limits of the factor on the grey values.
+        saturation: limits of the factor on the saturation.
+        hue: largest shift in units of 2 degrees (OpenCV's 0..179 hue).
+    """
+
+    def __init__(
+        self,
+        brightness: float = 32,
+        contrast: tuple[float, float] = (0.5, 1.5),
+        saturation: tuple[float, float] = (0.5, 1.5),
+        hue: int = 18,
+    ) -> None:
+        self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
+
+    def transform(self, results: dict) -> dict:
+        rng: Generator = results["rng"]
+        steps = [self._saturation, self._hue]
+        steps.insert(0 if rng.random() < 0.5 else 2, self._contrast)
+        for step in (self._brightness, *steps):
+            if rng.random() < 0.5:
+                results["img"] = step(results["img"], rng)
+        return results
+
+    def _brightness(self, img: np.ndarray, rng: Generator) -> np.ndarray:
+        return cv2.LUT(img, _affine_table(1, rng.uniform(-self.brightness, self.brightness)))
+
+    def _contrast(self, img: np.ndarray, rng: Generator) -> np.ndarray:
+        return cv2.LUT(img, _affine_table(rng.uniform(*self.contrast), 0))
+
+    def _saturation(self, img: np.ndarray, rng: Generator) -> np.ndarray:
+        return _map_hsv(img, 1, _affine_table(rng.uniform(*self.saturation), 0))
+
+    def _hue(self, img: np.ndarray, rng: Generator) -> np.ndarray:
+        return _map_hsv(img, 0, ((np.arange(256) + rng.integers(-self.hue, self.hue + 1)) % 180).astype(np.uint8))
+
+
+def _affine_table(factor: float, shift: float) -> np.ndarray:
+    return np.clip(np.arange(256, dtype=np.float32) * factor + shift, 0, 255).astype(np.uint8)
+
+
+def _map_hsv(img: np.ndarray, channel: int, table: np.ndarray) -> np.ndarray:
+    tables = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)  # (256, 3)
+    tables[:, channel] = table
+    return cv2.cvtColor(cv2.LUT(cv2.cvtColor(img, cv2.COLOR_RGB2HSV), tables[None]), cv2.COLOR_HSV2RGB)
+
+
+@TRANSFORMS.register_module()
+class Redraw(BaseTransform):
+    """Run a pipeline, and run it again on another random image of the set until enough pixels carry a label.
+
+    The pixels of segments that are no crowd are counted on every ``stride``-th row and column, where the losses that
+    sample ``min_labelled`` pixels look.
+
+    Args:
+        transforms: the pipeline, from loading on.
+        min_labelled: a sample needs more labelled pixels than this, and at least one segment.
+        stride: of the grid on which they are counted.
+        tries: images to try before giving up.
+
+    Raises:
+        ValueError: none of the tries had enough labels.
+    """
+
+    def __init__(self, transforms: list[dict], min_labelled: int = 4096, stride: int = 4, tries: int = 50) -> None:
+        self.transforms = build_pipeline(transforms)
+        self.min_labelled, self.stride, self.tries = min_labelled, stride, tries
+
+    def transform(self, results: dict) -> dict:
+        first = results["img_path"]
+        for _ in range(self.tries):
+            results = run_pipeline(self.transforms, results)
+            if self._labelled(results) > self.min_labelled:
+                return results
+            results = draw_image(results)
+        raise ValueError(
+            f"{first} and {self.tries - 1} more random images have no more than min_labelled={self.min_labelled} labelled "
+            f"pixels on every {self.stride}. row and column; lower min_labelled or enlarge the training size"
+        )
+
+    def _labelled(self, results: dict) -> int:
+        kept = [s["id"] for s in results["segments"] if not s["iscrowd"]]
+        return int(np.isin(results["panoptic"][:: self.stride, :: self.stride], kept).sum())
+
+
+@TRANSFORMS.register_module()
+class Albumentations(BaseTransform):
+    """Apply Albumentations transforms to the image and to every label map it has.
+
+    Labels are moved with nearest interpolation; what comes in from outside is void (0, 255 in ``semantic``), padding, and
+    no instance. Each transform draws its own numbers: ``A.Compose.set_random_seed`` would give all of them the same.
+
+    Args:
+        transforms: configs, ``dict(type="HorizontalFlip", p=0.5)``; composites such as ``OneOf`` hold a list of configs
+            under ``transforms``.
+
+    Raises:
+        ValueError: unknown transform (names the nearest), unknown or wrong argument, or an option that would blend labels
+            or fill them with something other than void.
+    """
+
+    def __init__(self, transforms: list[dict]) -> None:
+        # Its import would ask the package index for a newer version.
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+        import albumentations
+
+        targets = dict.fromkeys(_CODECS, "mask")
+        self.compose = albumentations.Compose([_build(t) for t in transforms], additional_targets=targets)
+
+    def transform(self, results: dict) -> dict:
+        rng: Generator = results["rng"]
+        self.compose.set_random_state(rng, random.Random(int(rng.integers(2**63))))
+        data = {key: encode(results[key]) for key, (encode, _) in _CODECS.items() if key in results}
+        if len(results.get("masks", ())):
+            data["masks"] = results["masks"].astype(np.uint8)
+        data = self.compose(image=results["img"], **data)
+        if data["image"].dtype != np.uint8 or data["image"].shape[2:] != (3,):
+            raise ValueError(
+                f"Albumentations returned an image of {data['image'].dtype} {data['image'].shape}; the preprocessor "
+                "expects (H, W, 3) uint8 and normalises itself: remove Normalize, ToFloat, ToTensorV2 and the like"
+            )
+        return _decode(results, data)
+
+
+def _decode(results: dict, data: dict) -> dict:
+    results["img"] = data["image"]
+    results["img_shape"] = data["image"].shape[:2]
+    for key, (_, decode) in _CODECS.items():
+        if key in results:
+            results[key] = decode(data[key])
+    if "masks" in results:
+        none = np.zeros((0, *results["img_shape"]), bool)
+        results["masks"] = np.asarray(data["masks"]).astype(bool) if "masks" in data else none  # (N, H, W)
+    return drop_vanished(results)
+
+
+_CODECS = {
+    "panoptic": (lambda labels: labels, lambda labels: labels),
+    "semantic": (lambda labels: labels + np.uint8(1), lambda labels: labels - np.uint8(1)),
+    "padding": (lambda padding: (~padding).astype(np.uint8), lambda valid: valid == 0),
+}
+"""How each label map is written while Albumentations has it, so that its default fill, 0, means void in all of them."""
+
+
+def _build(config: dict) -> object:
+    """Build one Albumentations transform and refuse what the library would only warn about."""
+    import albumentations
+
+    arguments = dict(config)
+    name = arguments.pop("type", None)
+    known = {key: value for key, value in vars(albumentations).items() if _is_transform(value)}
+    if name not in known:
+        raise ValueError(f"albumentations has no transform {name!r}{_nearest(str(name), known)}")
+    parameters = inspect.signature(known[name].__init__).parameters
+    for key in arguments:
+        if key not in parameters:
+            raise ValueError(f"albumentations transform {name} has no argument {key!r}{_nearest(key, parameters)}")
+    for key in ("fill_mask", "mask_drop_value", "mask_interpolation"):
+        if arguments.get(key):
+            raise ValueError(
+                f"albumentations transform {name}: {key}={arguments[key]!r} would damage labels, which are moved by nearest "
+                f"neighbour and filled with void; remove {key}"
+            )
+    if "transforms" in arguments:
+        arguments["transforms"] = [_build(inner) for inner in arguments["transforms"]]
+    try:
+        return known[name](**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"albumentations transform {name} refuses {arguments}: {error}") from error
+
+
+def _is_transform(value: object) -> bool:
+    from albumentations import BaseCompose, BasicTransform
+
+    return inspect.isclass(value) and issubclass(value, (BasicTransform, BaseCompose))
+
+
+def _nearest(name: str, known: dict) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+@TRANSFORMS.register_module()
+class PackSegInputs(BaseTransform):
+    """End a pipeline: ``dict(inputs=(3, H, W) uint8 tensor, data_samples=SegSample)``.
+
+    The sample carries ``gt_panoptic`` (ids int32) when the results have ``panoptic``, ``gt_semantic`` (int64) when they
+    have ``semantic``, ``padding`` (H, W) bool when they have that; generator and data set stay behind.
+    """
+
+    def transform(self, results: dict) -> dict:
+        sample = SegSample(metainfo={key: results[key] for key in ("img_path", "img_id", "ori_shape", "img_shape")})
+        if "panoptic_path" in results:
+            sample.set_metainfo(dict(label_path=results["panoptic_path"]))
+        if "panoptic" in results:
+            ids = torch.from_numpy(results["panoptic"].astype(np.int32))
+            sample.gt_panoptic = PanopticMap(ids, results["segments"])
+        if "semantic" in results:
+            sample.gt_semantic = torch.from_numpy(results["semantic"].astype(np.int64))
+        if "padding" in results:
+            sample.padding = torch.from_numpy(np.ascontiguousarray(results["padding"]))
+        inputs = torch.from_numpy(np.ascontiguousarray(results["img"].transpose(2, 0, 1)))  # (3, H, W)
+        return dict(inputs=inputs, data_samples=sample)
