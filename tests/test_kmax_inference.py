@@ -121,7 +121,7 @@ def test_boxes_enclose_their_masks():
     masks[1, 5, 0] = masks[1, 0, 7] = True
     assert mask_boxes(masks).tolist() == [[2, 1, 7, 4], [0, 0, 8, 6], [0, 0, 0, 0]]
     found = instance_inference(*queries((0, LEFT), (1, RIGHT)), {0, 1})
-    boxes = {label: box for label, box in zip(found.labels.tolist()[:2], found.bboxes.tolist()[:2], strict=True)}
+    boxes = dict(zip(found.labels.tolist()[:2], found.bboxes.tolist()[:2], strict=True))
     assert boxes == {0: [0, 0, 2, 2], 1: [2, 0, 4, 2]}
 
 
