@@ -140,3 +140,10 @@ def test_valid_part_of_the_padded_map(pad, ori, img, valid):
     found = resize_mask_logits(ramps, pad, ori, img)
     assert found.shape == (2, *ori)
     assert [round(r.max().item()) + 1 for r in found] == list(valid)
+
+
+@pytest.mark.parametrize("size, aligned", [((6, 5), True), ((5, 6), False)])
+def test_parity_of_the_padded_width_aligns_the_corners(size, aligned):
+    ramp = torch.arange(3.0).expand(1, 3, 3)
+    found = resize_mask_logits(ramp, size, size, size)[0, 0]
+    assert torch.allclose(found, torch.linspace(0, 2, size[1])) == aligned
