@@ -1,6 +1,7 @@
 """Published weights: names written down from the publishers, strictness both ways, and the way back."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from densepred.encoders.convnext import ARCHS, ConvNeXt
 from densepred.encoders.resnet import BLOCKS, ResNet
+from densepred.engine.build import build_model
 from densepred.engine.checkpoint import read_checkpoint, write_checkpoint
 from densepred.engine.conversion import (
     SOURCES,
@@ -22,6 +24,7 @@ from densepred.engine.conversion import (
 from densepred.registry import MODELS
 from tests import parity
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -170,6 +173,18 @@ def test_round_trip_gives_the_same_weights(source, convnext):
         back = convert_state_dict(official, source, model)
         assert list(back) == [k for k in model.state_dict() if k.startswith(prefix)]
         assert all(torch.equal(value, model.state_dict()[key]) for key, value in back.items())
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("kmax_*.py")), ids=lambda path: path.stem)
+def test_whole_models_go_to_official_names_and_back(config):
+    with torch.device("meta"):
+        model = build_model(config)
+    state = model.state_dict()
+    official = to_official(state, "kmax-deeplab")
+    assert len(official) == len(state) and detect_source(official) == "kmax-deeplab"
+    assert all(key.startswith(("backbone.", "sem_seg_head.p")) for key in official)
+    back = convert_state_dict(official, "kmax-deeplab", model)
+    assert list(back) == list(state) and all(back[key] is state[key] for key in state)
 
 
 @pytest.mark.parametrize(

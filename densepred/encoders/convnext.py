@@ -27,23 +27,18 @@ ARCHS = {
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm of the last axis, never below float32: half precision is normalised in float32 and cast back."""
+    """LayerNorm of the axis ``axis``, never below float32: half precision is normalised in float32 and cast back."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, axis: int = -1) -> None:
         super().__init__(channels, eps=1e-6)
+        self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype not in (torch.float16, torch.bfloat16):
-            return super().forward(x)
-        y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
-        return y.to(x.dtype)
-
-
-class LayerNorm2d(LayerNorm):
-    """The same over the channels of (B, C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y, weight, bias = x.movedim(self.axis, -1), self.weight, self.bias  # (B, H, W, C)
+        if x.dtype in (torch.float16, torch.bfloat16):
+            y, weight, bias = y.float(), weight.float(), bias.float()
+        y = F.layer_norm(y, self.normalized_shape, weight, bias, self.eps)
+        return y.movedim(-1, self.axis).to(x.dtype)
 
 
 def drop_path(x: Tensor, rate: float) -> Tensor:
@@ -107,9 +102,9 @@ class ConvNeXt(BaseModule):
         blocks, dims = ARCHS[arch]
         rates = [drop_path_rate * i / (sum(blocks) - 1) for i in range(sum(blocks))]
         self.kmax_padding = kmax_padding
-        self.downsample_layers = nn.ModuleList([nn.Sequential(nn.Conv2d(3, dims[0], 4, 4), LayerNorm2d(dims[0]))])
+        self.downsample_layers = nn.ModuleList([nn.Sequential(nn.Conv2d(3, dims[0], 4, 4), LayerNorm(dims[0], axis=1))])
         for before, after in pairwise(dims):
-            self.downsample_layers.append(nn.Sequential(LayerNorm2d(before), nn.Conv2d(before, after, 2, 2)))
+            self.downsample_layers.append(nn.Sequential(LayerNorm(before, axis=1), nn.Conv2d(before, after, 2, 2)))
         self.stages = nn.ModuleList()
         for count, dim in zip(blocks, dims, strict=True):
             self.stages.append(nn.Sequential(*[Block(dim, rates.pop(0)) for _ in range(count)]))
