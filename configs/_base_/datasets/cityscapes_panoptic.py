@@ -1,0 +1,73 @@
+"""Cityscapes panoptic, 19 classes: stuff 0..10, things 11..18.
+
+The pipelines are those of kMaX-DeepLab's data mapper: scale jitter, SSD colours, crop, flip, and copy-paste on every
+sample from a second image at half the scale. (The TensorFlow original adds AutoAugment.)
+"""
+
+num_classes = 19
+thing_classes = list(range(11, 19))
+image_size = (1025, 2049)  # (height, width) of every batch; for another size keep the sides 32 k + 1
+data_root = "datasets/cityscapes"
+min_labelled = 4096  # samples with fewer labelled pixels at stride 4 are drawn anew; lower it with image_size
+
+train_pipeline = [
+    dict(
+        type="Redraw",
+        min_labelled="${min_labelled}",
+        transforms=[
+            dict(type="LoadImage"),
+            dict(type="LoadPanoptic"),
+            dict(type="ScaleJitter", size="${image_size}", ratio_range=(0.5, 2.0)),
+            dict(type="SSDColorJitter"),
+            dict(type="Albumentations", transforms=[dict(type="HorizontalFlip", p=0.5)]),
+            dict(
+                type="CopyPaste",
+                size="${image_size}",
+                transforms=[
+                    dict(type="LoadImage"),
+                    dict(type="LoadPanoptic"),
+                    dict(type="ScaleJitter", size="${image_size}", ratio_range=(0.25, 1.0)),
+                    dict(type="SSDColorJitter"),
+                    dict(type="Albumentations", transforms=[dict(type="HorizontalFlip", p=0.5)]),
+                ],
+            ),
+        ],
+    ),
+    dict(type="PackSegInputs"),
+]
+test_pipeline = [
+    dict(type="LoadImage"),
+    dict(type="ResizeToFit", size="${image_size}"),
+    dict(type="LoadPanoptic"),
+    dict(type="PackSegInputs"),
+]
+
+train_dataloader = dict(
+    batch_size=2,  # of one process; auto_scale_lr.base_batch_size is the recipe's total over all processes
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type="SeekableSampler"),
+    dataset=dict(
+        type="CityscapesPanoptic",
+        data_root="${data_root}",
+        split="train",
+        filter_empty=True,
+        pipeline="${train_pipeline}",
+    ),
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type="DefaultSampler", shuffle=False, round_up=False),
+    dataset=dict(
+        type="CityscapesPanoptic",
+        data_root="${data_root}",
+        split="val",
+        test_mode=True,
+        pipeline="${test_pipeline}",
+    ),
+)
+test_dataloader = "${val_dataloader}"
+val_evaluator = dict(type="PanopticQuality")
+test_evaluator = "${val_evaluator}"

@@ -1,0 +1,75 @@
+"""COCO 2017 panoptic, 133 classes: things 0..79, stuff 80..132.
+
+The pipelines are those of kMaX-DeepLab's data mapper: scale jitter, SSD colours, crop, flip, and copy-paste on every
+sample from a second image at half the scale. (The TensorFlow original: jitter 0.3 to 1.7, and AutoAugment.)
+"""
+
+num_classes = 133
+thing_classes = list(range(80))
+image_size = (1281, 1281)  # (height, width) of every batch; for another size keep the sides 32 k + 1
+data_root = "datasets/coco"
+min_labelled = 4096  # samples with fewer labelled pixels at stride 4 are drawn anew; lower it with image_size
+
+train_pipeline = [
+    dict(
+        type="Redraw",
+        min_labelled="${min_labelled}",
+        transforms=[
+            dict(type="LoadImage"),
+            dict(type="LoadPanoptic"),
+            dict(type="ScaleJitter", size="${image_size}", ratio_range=(0.2, 2.0)),
+            dict(type="SSDColorJitter"),
+            dict(type="Albumentations", transforms=[dict(type="HorizontalFlip", p=0.5)]),
+            dict(
+                type="CopyPaste",
+                size="${image_size}",
+                transforms=[
+                    dict(type="LoadImage"),
+                    dict(type="LoadPanoptic"),
+                    dict(type="ScaleJitter", size="${image_size}", ratio_range=(0.1, 1.0)),
+                    dict(type="SSDColorJitter"),
+                    dict(type="Albumentations", transforms=[dict(type="HorizontalFlip", p=0.5)]),
+                ],
+            ),
+        ],
+    ),
+    dict(type="PackSegInputs"),
+]
+test_pipeline = [
+    dict(type="LoadImage"),
+    dict(type="ResizeToFit", size="${image_size}"),
+    dict(type="LoadPanoptic"),
+    dict(type="PackSegInputs"),
+]
+
+train_dataloader = dict(
+    batch_size=2,  # of one process; auto_scale_lr.base_batch_size is the recipe's total over all processes
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type="SeekableSampler"),
+    dataset=dict(
+        type="CocoPanoptic",
+        data_root="${data_root}",
+        ann_file="annotations/panoptic_train2017.json",
+        image_dir="train2017",
+        filter_empty=True,
+        pipeline="${train_pipeline}",
+    ),
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type="DefaultSampler", shuffle=False, round_up=False),
+    dataset=dict(
+        type="CocoPanoptic",
+        data_root="${data_root}",
+        ann_file="annotations/panoptic_val2017.json",
+        image_dir="val2017",
+        test_mode=True,
+        pipeline="${test_pipeline}",
+    ),
+)
+test_dataloader = "${val_dataloader}"
+val_evaluator = dict(type="PanopticQuality")
+test_evaluator = "${val_evaluator}"
