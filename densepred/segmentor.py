@@ -1,9 +1,10 @@
 """The one assembly: preprocess -> encoder -> decoder -> head."""
 
 from mmengine.model import BaseModel
+from mmengine.registry import DefaultScope
 from torch import Tensor
 
-from densepred.registry import MODELS
+from densepred.registry import MODELS, SCOPE
 from densepred.structures import SegSample
 
 
@@ -44,6 +45,11 @@ class Segmentor(BaseModel):
                 encoder_channels=list(self.encoder.channels),
             )
         )
+
+    def init_weights(self) -> None:
+        """Initialise by ``init_cfg``; "Pretrained" is ours, strict and converting, whatever scope is active."""
+        with DefaultScope.overwrite_default_scope(SCOPE):
+            super().init_weights()
 
     def forward(self, inputs: Tensor, data_samples: list[SegSample] | None = None, mode: str = "tensor"):
         """Run the model.

@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import IterBasedTrainLoop
 from torch import nn
 
-from densepred.engine.cures import AmpOptimWrapper, IterationSeedHook, NonFiniteLossHook, PlainMessageHubHook, plain
+from densepred.engine.cures import (
+    AmpOptimWrapper,
+    IterationSeedHook,
+    NonFiniteLossHook,
+    PlainMessageHubHook,
+    SeekableTrainLoop,
+    plain,
+)
 
 
 def hub_checkpoint() -> dict:
@@ -50,13 +58,19 @@ def test_seed_depends_on_iteration_and_nothing_else():
     assert draw(4) != first
 
 
-def test_non_finite_loss_names_iteration_term_and_files():
-    batch = {"data_samples": [{"img_path": "a.jpg"}, {"img_path": "b.jpg"}]}
-    runner = SimpleNamespace(iter=41, work_dir="work_dirs/x")
+def test_non_finite_loss_names_iteration_term_and_files(monkeypatch):
     hook = NonFiniteLossHook()
-    hook.after_train_iter(runner, 0, batch, {"loss": torch.tensor(1.0)})
+    hook.after_train_iter(None, 0, None, {"loss": torch.tensor(1.0)})
+
+    def step(self, data_batch):
+        hook.after_train_iter(None, 0, data_batch, {"loss_ce": torch.tensor(float("nan")), "loss": torch.tensor(1.0)})
+
+    monkeypatch.setattr(IterBasedTrainLoop, "run_iter", step)
+    loop = SeekableTrainLoop.__new__(SeekableTrainLoop)
+    loop._iter, loop._runner = 41, SimpleNamespace(work_dir="work_dirs/x")
+    batch = {"data_samples": [{"img_path": "a.jpg"}, {"img_path": "b.jpg"}]}
     with pytest.raises(FloatingPointError, match=r"iteration 42: loss_ce not finite; images of this batch: a.jpg, b.jpg"):
-        hook.after_train_iter(runner, 0, batch, {"loss_ce": torch.tensor(float("nan")), "loss": torch.tensor(1.0)})
+        loop.run_iter(batch)
 
 
 def test_amp_runs_in_bfloat16_on_cpu_and_updates_in_float32():

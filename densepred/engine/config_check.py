@@ -9,32 +9,45 @@ from typing import Any
 
 from mmengine import registry as root
 
-from densepred import registry
 from densepred.errors import ConfigError, nearest
+from densepred.registry import (
+    DATASETS,
+    DATA_SAMPLERS,
+    HOOKS,
+    LOG_PROCESSORS,
+    LOOPS,
+    METRICS,
+    MODELS,
+    MODEL_WRAPPERS,
+    OPTIM_WRAPPERS,
+    TRANSFORMS,
+    VISUALIZERS,
+    WEIGHT_INITIALIZERS,
+)
 
 REGISTRY_OF_KEY = {
-    "model": registry.MODELS,
-    "data_preprocessor": registry.MODELS,
-    "init_cfg": registry.WEIGHT_INITIALIZERS,
-    "dataset": registry.DATASETS,
-    "pipeline": registry.TRANSFORMS,
-    "sampler": registry.DATA_SAMPLERS,
-    "batch_sampler": registry.DATA_SAMPLERS,
+    "model": MODELS,
+    "data_preprocessor": MODELS,
+    "init_cfg": WEIGHT_INITIALIZERS,
+    "dataset": DATASETS,
+    "pipeline": TRANSFORMS,
+    "sampler": DATA_SAMPLERS,
+    "batch_sampler": DATA_SAMPLERS,
     "collate_fn": root.FUNCTIONS,
-    "val_evaluator": registry.METRICS,
-    "test_evaluator": registry.METRICS,
-    "default_hooks": registry.HOOKS,
-    "custom_hooks": registry.HOOKS,
-    "train_cfg": registry.LOOPS,
-    "val_cfg": registry.LOOPS,
-    "test_cfg": registry.LOOPS,
-    "optim_wrapper": registry.OPTIM_WRAPPERS,
+    "val_evaluator": METRICS,
+    "test_evaluator": METRICS,
+    "default_hooks": HOOKS,
+    "custom_hooks": HOOKS,
+    "train_cfg": LOOPS,
+    "val_cfg": LOOPS,
+    "test_cfg": LOOPS,
+    "optim_wrapper": OPTIM_WRAPPERS,
     "optimizer": root.OPTIMIZERS,
     "param_scheduler": root.PARAM_SCHEDULERS,
-    "visualizer": registry.VISUALIZERS,
+    "visualizer": VISUALIZERS,
     "vis_backends": root.VISBACKENDS,
-    "log_processor": registry.LOG_PROCESSORS,
-    "model_wrapper_cfg": registry.MODEL_WRAPPERS,
+    "log_processor": LOG_PROCESSORS,
+    "model_wrapper_cfg": MODEL_WRAPPERS,
 }
 """Which registry a ``type`` below a key belongs to; keys not listed keep the registry of the key above."""
 

@@ -95,6 +95,18 @@ class SeekableTrainLoop(IterBasedTrainLoop):
         self.runner.call_hook("after_train")
         return self.runner.model
 
+    def run_iter(self, data_batch: dict) -> None:
+        """Run one step; a non-finite loss or prediction stops the run, named with its iteration and images."""
+        try:
+            super().run_iter(data_batch)
+        except FloatingPointError as error:
+            files = [str(sample.get("img_path", "?")) for sample in data_batch["data_samples"]]
+            raise FloatingPointError(
+                f"iteration {self._iter + 1}: {error}; images of this batch: {', '.join(files)}; no checkpoint was "
+                f"overwritten: the last good one is named in {self.runner.work_dir}/last_checkpoint. Lower "
+                "optim_wrapper.optimizer.lr, add optim_wrapper.clip_grad, or look at these images"
+            ) from error
+
     def _seek(self) -> None:
         sampler = self.dataloader.sampler
         if not hasattr(sampler, "seek"):
@@ -183,7 +195,7 @@ class NonFiniteLossHook(Hook):
     """Stop the run at the first loss that is NaN or infinite, before anything is written.
 
     Raises:
-        FloatingPointError: names the iteration, the loss terms and the image files.
+        FloatingPointError: names the loss terms; `SeekableTrainLoop` adds the iteration and the image files.
     """
 
     priority = "VERY_HIGH"
@@ -192,11 +204,6 @@ class NonFiniteLossHook(Hook):
         self, runner: Any, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
         """Check every loss term of the step."""
-        bad = [name for name, value in (outputs or {}).items() if not np.isfinite(float(value))]
+        bad = sorted(name for name, value in (outputs or {}).items() if not np.isfinite(float(value)))
         if bad:
-            files = [str(sample.get("img_path", "?")) for sample in data_batch["data_samples"]]
-            raise FloatingPointError(
-                f"iteration {runner.iter + 1}: {', '.join(sorted(bad))} not finite; images of this batch: {', '.join(files)}; "
-                f"no checkpoint was overwritten: the last good one is named in {runner.work_dir}/last_checkpoint. Lower "
-                "optim_wrapper.optimizer.lr, add optim_wrapper.clip_grad, or look at these images"
-            )
+            raise FloatingPointError(f"{', '.join(bad)} not finite")

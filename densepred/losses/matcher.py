@@ -14,7 +14,7 @@ def hungarian_match(cost: Tensor) -> tuple[Tensor, Tensor]:
         Query and target numbers, each (M,) int64 on ``cost``'s device, M = min(Q, N), targets ascending.
 
     Raises:
-        ValueError: a cost is NaN or infinite.
+        FloatingPointError: a cost is NaN or infinite.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -28,7 +28,7 @@ def _check_finite(cost: Tensor) -> None:
     bad = (~cost.isfinite()).nonzero()
     if len(bad):
         query, target = bad[0].tolist()
-        raise ValueError(
+        raise FloatingPointError(
             f"matching cost: {len(bad)} of {cost.numel()} values are not finite, the first is {cost[query, target]} at "
             f"query {query}, target {target}; the predictions hold NaN or Inf (lower the learning rate?)"
         )
