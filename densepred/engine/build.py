@@ -30,7 +30,7 @@ def build_model(config: str | os.PathLike | Config | dict, cfg_options: dict[str
         linked = merge_options(config if isinstance(config, Config) else Config(config), cfg_options)
         values, used = resolve_links(linked.to_dict())
         # A resolved config has lost its links: an option on a top-level key would change nothing.
-        check_top_level({key: None for key in (k.split(".")[0] for k in cfg_options or {})}, used)
+        check_top_level(dict.fromkeys(k.split(".")[0] for k in cfg_options or {}), used)
     if "model" not in values:
         raise ConfigError(f"this config has no model{nearest('model', values)}")
     check_components({"model": values["model"]})

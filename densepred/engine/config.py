@@ -174,7 +174,9 @@ def set_option(values: dict, key: str, value: Any) -> dict:
     """Return ``values`` with one dotted key set; digits index lists."""
     first = key.split(".")[0]
     if first not in values and (first != key or first not in runner_keys()):
-        raise ConfigError(f"--cfg-options {key}={value}: unknown key {first!r}{nearest(first, values.keys() | runner_keys())}")
+        raise ConfigError(
+            f"--cfg-options {key}={value}: unknown key {first!r}{nearest(first, values.keys() | runner_keys())}"
+        )
     return _set(values, key.split("."), 0, value, f"--cfg-options {key}={value}")
 
 

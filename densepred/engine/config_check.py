@@ -11,14 +11,14 @@ from mmengine import registry as root
 
 from densepred.errors import ConfigError, nearest
 from densepred.registry import (
-    DATASETS,
     DATA_SAMPLERS,
+    DATASETS,
     HOOKS,
     LOG_PROCESSORS,
     LOOPS,
     METRICS,
-    MODELS,
     MODEL_WRAPPERS,
+    MODELS,
     OPTIM_WRAPPERS,
     TRANSFORMS,
     VISUALIZERS,
