@@ -82,6 +82,8 @@ def records_by_key(records: Sequence[dict], key: str, needed: Sequence[str], whe
         ValueError: A record lacks a key.
     """
     for number, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}[{number}]: {record!r} is no object with {', '.join(needed)}")
         missing = [name for name in needed if name not in record]
         if missing:
             raise ValueError(f"{where}[{number}]: lacks {', '.join(f'`{name}`' for name in missing)}")

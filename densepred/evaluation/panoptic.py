@@ -5,6 +5,7 @@ https://github.com/cocodataset/panopticapi, whose numbers these equal. The count
 are counted by runs of equal neighbours, so that only the few thousand ends of runs are looked up, not every pixel.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -252,6 +253,19 @@ def evaluate_files(
     return {**quality, "per_class": {str(number): quality["per_class"][label] for number, label in labels.items()}}
 
 
+def evaluate_and_print(
+    gt_json: str, gt_dir: str, pred_json: str, pred_dir: str, num_workers: int = 0, out: str | None = None
+) -> None:
+    """Print the table of `evaluate_files` and write its figures as JSON to ``out`` (NaN becomes null)."""
+    record = evaluate_files(gt_json, gt_dir, pred_json, pred_dir, num_workers)
+    print(panoptic_table(record, category_names(gt_json)))
+    if out is not None:
+        groups = {name: {k: None if v != v else v for k, v in values.items()} for name, values in record.items()}
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(groups, indent=1, allow_nan=False) + "\n")
+        print(f"written to {out}")
+
+
 def category_names(gt_json: str | Path) -> dict[str, str]:
     """Return the class names of a COCO panoptic JSON by category id (a string), for `panoptic_table`."""
     categories = read_json(gt_json, ("categories",))["categories"]
@@ -370,9 +384,10 @@ def _map(function: partial, items: list, num_workers: int) -> Iterable[np.ndarra
         yield from map(function, items)
         return
     import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
 
-    with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
-        yield from pool.imap(function, items, chunksize=8)
+    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(function, items, chunksize=16)
 
 
 def _size(ids: np.ndarray) -> str:
