@@ -220,7 +220,7 @@ class Fusion(nn.Module):
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         # Published rule: corners are aligned when the *coarse* map's *width* is odd.
         low = F.interpolate(
-            self.low(F.gelu(low)), size=high.shape[-2:], mode="bilinear", align_corners=low.shape[-1] % 2 == 1
+            self.low(F.gelu(low)), size=high.shape[-2:], mode="bilinear", align_corners=bool(low.shape[-1] % 2)
         )
         return low + (high if self.high is None else self.high(F.gelu(high)))
 

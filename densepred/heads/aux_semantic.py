@@ -84,7 +84,7 @@ class DeepLabSemanticHead(nn.Module):
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Return logits (B, C + 1, H/4, W/4) from the encoder's maps, finest first."""
         # Both enlargements follow the parity of the stride-32 map's width.
-        align_corners = maps[-1].shape[-1] % 2 == 1
+        align_corners = bool(maps[-1].shape[-1] % 2)
         x = self.fuse_os8(self.aspp(maps[-1]), maps[-3], align_corners)
         x = self.fuse_os4(x, maps[-4], align_corners)
         return self.classifier(self.mix_pointwise(self.mix_depthwise(x)))

@@ -143,7 +143,7 @@ class KMaXTransformerLayer(nn.Module):
 def resize_aux_output(output: dict[str, Tensor], size: Sequence[int]) -> dict[str, Tensor]:
     """Enlarge a layer's masks and pixel features to the final map; the features lose their unit length, as published."""
     # Published rule: corners are aligned when the *final* map's *height* is odd.
-    aligned = size[0] % 2 == 1
+    aligned = bool(size[0] % 2)
     resized = {
         name: F.interpolate(output[name], size=size, mode="bilinear", align_corners=aligned)
         for name in ("pred_masks", "pixel_feature")
