@@ -1,5 +1,5 @@
 """Runner glue: configs, hooks, checkpoints, published weights."""
 
-from densepred.engine import cures, hooks
+from densepred.engine import cures, hooks, optimizer
 
-__all__ = ["cures", "hooks"]
+__all__ = ["cures", "hooks", "optimizer"]

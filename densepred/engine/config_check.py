@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from mmengine import registry as root
+from mmengine.registry import Registry
 
 from densepred.errors import ConfigError, nearest
 from densepred.registry import (
     DATA_SAMPLERS,
     DATASETS,
+    FUNCTIONS,
     HOOKS,
     LOG_PROCESSORS,
     LOOPS,
@@ -20,7 +21,10 @@ from densepred.registry import (
     MODEL_WRAPPERS,
     MODELS,
     OPTIM_WRAPPERS,
+    OPTIMIZERS,
+    PARAM_SCHEDULERS,
     TRANSFORMS,
+    VISBACKENDS,
     VISUALIZERS,
     WEIGHT_INITIALIZERS,
 )
@@ -33,7 +37,7 @@ REGISTRY_OF_KEY = {
     "pipeline": TRANSFORMS,
     "sampler": DATA_SAMPLERS,
     "batch_sampler": DATA_SAMPLERS,
-    "collate_fn": root.FUNCTIONS,
+    "collate_fn": FUNCTIONS,
     "val_evaluator": METRICS,
     "test_evaluator": METRICS,
     "default_hooks": HOOKS,
@@ -42,10 +46,10 @@ REGISTRY_OF_KEY = {
     "val_cfg": LOOPS,
     "test_cfg": LOOPS,
     "optim_wrapper": OPTIM_WRAPPERS,
-    "optimizer": root.OPTIMIZERS,
-    "param_scheduler": root.PARAM_SCHEDULERS,
+    "optimizer": OPTIMIZERS,
+    "param_scheduler": PARAM_SCHEDULERS,
     "visualizer": VISUALIZERS,
-    "vis_backends": root.VISBACKENDS,
+    "vis_backends": VISBACKENDS,
     "log_processor": LOG_PROCESSORS,
     "model_wrapper_cfg": MODEL_WRAPPERS,
 }
@@ -53,7 +57,7 @@ REGISTRY_OF_KEY = {
 
 SUPPLIED = {
     "self", "runner", "dataloader", "evaluator", "params", "optimizer", "seed", "module", "in_channels", "in_strides",
-    "level_channels", "encoder_channels", "ann_file", "name", "filename",
+    "level_channels", "encoder_channels", "dataset", "name", "filename", "save_dir",
 }  # fmt: skip
 """Required arguments that the code fills in where the config does not."""
 
@@ -86,7 +90,7 @@ def check_dataloader(loader: dict, where: str) -> None:
             raise ConfigError(f"{where}.{key}: a data loader has no such key{nearest(key, known)}")
 
 
-def _walk(node: Any, where: str, current: root.Registry | None, key: str) -> None:
+def _walk(node: Any, where: str, current: Registry | None, key: str) -> None:
     if isinstance(node, list | tuple):
         for i, item in enumerate(node):
             _walk(item, f"{where}.{i}", current, key)
@@ -98,17 +102,19 @@ def _walk(node: Any, where: str, current: root.Registry | None, key: str) -> Non
         if cls.__name__ == "Albumentations":  # its transforms are not ours; the wrapper checks them when it is built
             return
     for name, value in node.items():
-        _walk(value, f"{where}.{name}", REGISTRY_OF_KEY.get(name, current), name if name in REGISTRY_OF_KEY else key)
+        inside_hooks = current is HOOKS  # their names are free: default_hooks.param_scheduler is a hook
+        below = current if inside_hooks else REGISTRY_OF_KEY.get(name, current)
+        _walk(value, f"{where}.{name}", below, name if name in REGISTRY_OF_KEY and not inside_hooks else key)
 
 
-def check_type(name: Any, where_to_look: root.Registry, where: str) -> type:
+def check_type(name: Any, where_to_look: Registry, where: str) -> type:
     """Return the class or function registered under ``name``, or raise with the nearest registered name."""
     if not isinstance(name, str):
         return name
     found = where_to_look.get(name)
     if found is None:
         known: set[str] = set()
-        level: root.Registry | None = where_to_look
+        level: Registry | None = where_to_look
         while level is not None:
             known |= level.module_dict.keys()
             level = level.parent

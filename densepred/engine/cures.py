@@ -204,6 +204,6 @@ class NonFiniteLossHook(Hook):
         self, runner: Any, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
         """Check every loss term of the step."""
-        bad = sorted(name for name, value in (outputs or {}).items() if not np.isfinite(float(value)))
+        bad = sorted(name for name, value in (outputs or {}).items() if not torch.isfinite(value).all())
         if bad:
             raise FloatingPointError(f"{', '.join(bad)} not finite")

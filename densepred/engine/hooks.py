@@ -1,6 +1,7 @@
 """Hooks of every run: what is checked before the first step, and what is written down."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,20 @@ class LoadWeightsHook(Hook):
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Replace the checkpoint's weights by weights under our keys, complete and of the right shapes."""
+        try:
+            checkpoint["state_dict"] = self._fitting(runner, state_dict_of(checkpoint))
+        except ValueError as error:
+            raise ValueError(f"{runner._load_from or 'checkpoint'}: {error}") from error
+
+    def _fitting(self, runner: Any, state_dict: dict) -> dict:
         model = unwrapped(runner.model)
-        state_dict = state_dict_of(checkpoint)
         source = detect_source(state_dict)
-        if source is not None:
-            state_dict = convert_state_dict(state_dict, source, model)
-            runner.logger.info(f"Converted {len(state_dict)} tensors from {source}")
-        else:
+        if source is None:
             check_loadable(model, state_dict)
-        checkpoint["state_dict"] = state_dict
+            return state_dict
+        converted = convert_state_dict(state_dict, source, model)
+        runner.logger.info(f"Converted {len(converted)} tensors from {source}")
+        return converted
 
 
 @HOOKS.register_module()
@@ -51,11 +57,9 @@ class ClassCheckHook(Hook):
         """Check every data set of the run."""
         head = unwrapped(runner.model).head
         for phase in ("train", "val", "test"):
-            loader = getattr(runner, f"_{phase}_dataloader", None)
-            loop = getattr(runner, f"_{phase}_loop", None)
-            dataset = getattr(getattr(loop, "dataloader", loader), "dataset", None)
-            if dataset is not None:
-                check_classes(dataset.metainfo, head.num_classes, getattr(head, "thing_classes", None), phase)
+            loader = getattr(getattr(runner, f"_{phase}_loop", None), "dataloader", None)
+            if loader is not None:  # a loop that this run does not use is still a config
+                check_classes(loader.dataset.metainfo, head.num_classes, getattr(head, "thing_classes", None), phase)
 
 
 def check_classes(metainfo: dict, num_classes: int, thing_classes: Any, phase: str) -> None:
@@ -75,6 +79,11 @@ def check_classes(metainfo: dict, num_classes: int, thing_classes: Any, phase: s
         )
 
 
+def finite(value: float) -> float | None:
+    """Return a number that JSON can hold; NaN (nothing to measure) becomes ``None``."""
+    return float(value) if math.isfinite(value) else None
+
+
 @HOOKS.register_module()
 class MetricsFileHook(Hook):
     """Write ``metrics.json``: the metrics of the latest evaluation, overall and per class."""
@@ -89,10 +98,12 @@ class MetricsFileHook(Hook):
 
     @master_only
     def _write(self, runner: Any, evaluator: Any, metrics: dict | None, record: dict) -> None:
-        record = {**record, "metrics": {k: float(v) for k, v in (metrics or {}).items()}}
+        record = {**record, "metrics": {k: finite(v) for k, v in (metrics or {}).items()}}
         for metric in evaluator.metrics:
             if per_class := getattr(metric, "per_class", None):
-                record["per_class"] = per_class
+                record["per_class"] = {
+                    name: {k: finite(v) for k, v in figures.items()} for name, figures in per_class.items()
+                }
         path = Path(runner.work_dir, "metrics.json")
         scratch = path.with_suffix(".json.part")
         scratch.write_text(json.dumps(record, indent=1) + "\n")

@@ -5,11 +5,10 @@ from typing import Any
 
 from mmengine.model import is_model_wrapper
 from mmengine.optim import BaseOptimWrapper, _ParamScheduler
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS, PARAM_SCHEDULERS
 from torch import nn
 
 from densepred.errors import ConfigError, nearest
-from densepred.registry import OPTIM_WRAPPERS
+from densepred.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS
 
 PARAMWISE_KEYS = ("lr_mult", "no_decay")
 

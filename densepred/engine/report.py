@@ -10,9 +10,7 @@ def where_outputs_are(work_dir: str) -> str:
     lines = []
     if (root / "metrics.json").is_file():
         metrics = json.loads((root / "metrics.json").read_text())["metrics"]
-        lines.append(
-            "  ".join(f"{name} {value:.2f}" for name, value in metrics.items() if not name.startswith("data_"))
-        )
+        lines.append("  ".join(f"{name} {value:.2f}" for name, value in metrics.items() if value is not None))
     outputs = {
         "metrics": sorted(root.glob("metrics.json")),
         "checkpoint": sorted(root.glob("best_*.pth"))[-1:] or sorted(root.glob("*.pth"), key=_written)[-1:],

@@ -1,12 +1,15 @@
 """From a config to MMEngine's runner."""
 
 import importlib.util
+import logging
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import CheckpointLoader
 
@@ -22,6 +25,28 @@ TRAIN_KEYS += ("val_dataloader", "val_cfg", "val_evaluator")
 
 # Every file that MMEngine reads goes through our reader: weights_only, safetensors, no pickle that could execute.
 CheckpointLoader.register_scheme(prefixes="", loader=read_checkpoint, force=True)
+
+
+CONSOLE_NOISE = (
+    "\n" + "-" * 60 + "\nSystem environment",
+    "Config:\n",
+    "Hooks will be executed",
+    '"FileClient" will be deprecated',
+    '"HardDiskBackend" is the alias',
+)
+"""How those messages of MMEngine begin that only the log file needs."""
+
+
+class SegRunner(Runner):
+    """MMEngine's runner with a readable console; the log file keeps every line."""
+
+    def build_logger(self, log_level: str | int = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:
+        """Build the logger as MMEngine does, and keep environment, config and hook lists off the console."""
+        logger = super().build_logger(log_level, log_file, **kwargs)
+        for handler in logger.handlers:
+            if not isinstance(handler, logging.FileHandler):
+                handler.addFilter(lambda record: not record.getMessage().startswith(CONSOLE_NOISE))
+        return logger
 
 
 def build_runner(linked: Config, work_dir: str | None = None, launcher: str = "none", amp: bool = False) -> Runner:
@@ -43,7 +68,7 @@ def build_runner(linked: Config, work_dir: str | None = None, launcher: str = "n
     if cfg.get("ema"):
         average = dict(type="EMAHook", momentum=0.0002, update_buffers=True)
         cfg.custom_hooks = [*cfg.get("custom_hooks", []), average]
-    runner = Runner.from_cfg(cfg)
+    runner = SegRunner.from_cfg(cfg)
     write_linked_config(linked, Path(runner.work_dir, config_name(linked)))
     return runner
 
@@ -146,6 +171,6 @@ def test(
         ]
     if show_dir:
         cfg.custom_hooks = [*cfg.get("custom_hooks", []), dict(type="PictureGridHook", show_dir=show_dir)]
-    runner = Runner.from_cfg(cfg)
+    runner = SegRunner.from_cfg(cfg)
     runner.test()
     return runner

@@ -52,6 +52,7 @@ train_dataloader = dict(
         data_root="${data_root}",
         split="train",
         filter_empty=True,
+        seed="${seed}",
         pipeline="${train_pipeline}",
     ),
 )

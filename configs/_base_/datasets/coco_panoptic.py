@@ -53,6 +53,7 @@ train_dataloader = dict(
         ann_file="annotations/panoptic_train2017.json",
         image_dir="train2017",
         filter_empty=True,
+        seed="${seed}",
         pipeline="${train_pipeline}",
     ),
 )

@@ -1,0 +1,59 @@
+"""Shapes, the generated panoptic set (datasets/prepare_shapes.py), 10 classes: things 0..5, stuff 6..9.
+
+The same pipeline as for COCO, less the scale jitter's width: scenes are 128 x 160 pixels, a batch 129 x 161.
+"""
+
+num_classes = 10
+thing_classes = list(range(6))
+image_size = (129, 161)  # (height, width) of every batch; for another size keep the sides 32 k + 1
+data_root = "datasets/shapes"
+
+train_pipeline = [
+    dict(type="LoadImage"),
+    dict(type="LoadPanoptic"),
+    dict(type="ScaleJitter", size="${image_size}", ratio_range=(0.8, 1.5)),
+    dict(type="SSDColorJitter"),
+    dict(type="Albumentations", transforms=[dict(type="HorizontalFlip", p=0.5)]),
+    dict(type="PackSegInputs"),
+]
+test_pipeline = [
+    dict(type="LoadImage"),
+    dict(type="ResizeToFit", size="${image_size}"),
+    dict(type="LoadPanoptic"),
+    dict(type="PackSegInputs"),
+]
+
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type="SeekableSampler"),
+    dataset=dict(
+        type="CocoPanoptic",
+        data_root="${data_root}",
+        ann_file="annotations/panoptic_train2017.json",
+        image_dir="train2017",
+        classes_from_file=True,
+        filter_empty=True,
+        seed="${seed}",
+        pipeline="${train_pipeline}",
+    ),
+)
+val_dataloader = dict(
+    batch_size=8,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type="DefaultSampler", shuffle=False, round_up=False),
+    dataset=dict(
+        type="CocoPanoptic",
+        data_root="${data_root}",
+        ann_file="annotations/panoptic_val2017.json",
+        image_dir="val2017",
+        classes_from_file=True,
+        test_mode=True,
+        pipeline="${test_pipeline}",
+    ),
+)
+test_dataloader = "${val_dataloader}"
+val_evaluator = dict(type="PanopticQuality")
+test_evaluator = "${val_evaluator}"
