@@ -23,4 +23,8 @@ optim_wrapper = dict(optimizer=dict(lr=1e-3), paramwise_cfg=dict(lr_mult=dict(en
 param_scheduler = [dict(type="WarmupPolyLR", warmup_iters=50, end="${train_cfg.max_iters}")]
 train_cfg = dict(max_iters=700, val_interval=350)
 auto_scale_lr = dict(base_batch_size=8)
-default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=350))
+default_hooks = dict(
+    logger=dict(interval=25),
+    checkpoint=dict(interval=300),
+    norm_momentum=dict(type="BatchNormMomentumHook", momentum=0.1),
+)

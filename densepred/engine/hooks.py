@@ -131,3 +131,21 @@ class TotalBatchHook(Hook):
             f"optim_wrapper.accumulative_counts={max(1, round(base / (images * runner.world_size)))} to keep the total, or "
             "auto_scale_lr.enable=True to scale the learning rate"
         )
+
+
+@HOOKS.register_module()
+class BatchNormMomentumHook(Hook):
+    """Set the momentum of all batch norms: a run of a few hundred steps ends before a small one has averaged anything.
+
+    Args:
+        momentum: weight of a new batch in the running statistics, 0..1.
+    """
+
+    def __init__(self, momentum: float) -> None:
+        self.momentum = momentum
+
+    def before_train(self, runner: Any) -> None:
+        """Set it on every batch norm of the model."""
+        for module in unwrapped(runner.model).modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = self.momentum

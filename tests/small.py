@@ -1,0 +1,30 @@
+"""Options that make the published recipes small enough to run a step in a test."""
+
+from pathlib import Path
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SHAPES_CONFIG = str(CONFIGS / "kmax_r18_shapes.py")
+
+SMALL = {
+    "image_size": (65, 97),
+    "train_dataloader.batch_size": 2,
+    "train_dataloader.num_workers": 0,
+    "train_dataloader.persistent_workers": False,
+    "val_dataloader.num_workers": 0,
+    "val_dataloader.persistent_workers": False,
+    "model.head.num_queries": 12,
+    "model.head.criterion.insdis_sample_k": 64,
+}
+NARROW = {"model.decoder.base_channels": (16, 16, 8, 8), "model.head.embed_dim": 32}
+
+
+def small_shapes(root: Path, **options) -> dict:
+    """Return the options of a few steps of the Shapes recipe; keys may be written with ``__`` for a dot."""
+    named = {key.replace("__", "."): value for key, value in options.items()}
+    steps = {"train_cfg.max_iters": 4, "train_cfg.val_interval": 4, "default_hooks.checkpoint.interval": 2}
+    return {"data_root": str(root), "default_hooks.logger.interval": 1, **SMALL, **NARROW, **steps, **named}
+
+
+def as_words(options: dict) -> list[str]:
+    """Return options as the words after ``--cfg-options``."""
+    return [f"{key}={str(value).replace(' ', '')}" for key, value in options.items()]
