@@ -1,5 +1,6 @@
 """Copy-paste of segments between two jittered images, as kMaX-DeepLab's data mapper does it."""
 
+import cv2
 import numpy as np
 from mmcv.transforms import BaseTransform
 from numpy.random import Generator
@@ -33,9 +34,9 @@ class CopyPaste(BaseTransform):
             _lay_on_canvas(part, self.size)
         paste = np.isin(other["panoptic"], _choose(other["segments"], results["rng"]))  # (H, W)
         first = max((s["id"] for s in results["segments"]), default=0)
-        results["img"] = np.where(paste[..., None], other["img"], results["img"])
-        results["padding"] = results["padding"] & ~paste
-        results["panoptic"] = np.where(paste, other["panoptic"] + np.uint16(first), results["panoptic"])
+        cv2.copyTo(other["img"], paste.view(np.uint8), results["img"])
+        np.copyto(results["panoptic"], other["panoptic"] + np.uint16(first), where=paste)
+        results["padding"] &= ~paste
         results["segments"] = results["segments"] + [{**s, "id": s["id"] + first} for s in other["segments"]]
         return _renumber(drop_vanished(results))
 
