@@ -15,6 +15,7 @@ model = dict(
         embed_dim=128,
         num_layers=(1, 1, 1),
         drop_path=0.0,
+        mask_scale=2.0,
         aux_semantic=None,
         criterion=dict(insdis_sample_k=512),
     ),

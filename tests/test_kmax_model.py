@@ -170,6 +170,13 @@ def test_initial_values():
     assert {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.01)}
 
 
+def test_mask_scale_reaches_every_predictor():
+    model = tiny_model(**{"model.head.mask_scale": 2.0}).train()
+    out = model(torch.randn(2, 3, 65, 97), mode="tensor")
+    assert abs(out["pred_masks"].std() - 2.0) < 0.01
+    assert {part.mask_norm.weight.item() for part in model.modules() if isinstance(part, Predictor)} == {2.0}
+
+
 def test_drop_path_drops_whole_samples():
     torch.manual_seed(0)
     x = torch.ones(4000, 2, 3)

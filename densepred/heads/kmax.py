@@ -46,9 +46,10 @@ class Predictor(nn.Module):
         pixel_channels: channels of the pixel map.
         embed_dim: channels of the queries; pixel features and mask kernels have half as many.
         num_classes: C; the logits have C + 1 channels, void last.
+        mask_scale: standard deviation that the mask logits start with.
     """
 
-    def __init__(self, pixel_channels: int, embed_dim: int, num_classes: int) -> None:
+    def __init__(self, pixel_channels: int, embed_dim: int, num_classes: int, mask_scale: float = 0.1) -> None:
         super().__init__()
         self.pixel_depthwise = depthwise_5x5(pixel_channels)
         self.pixel_pointwise = ConvBN(pixel_channels, embed_dim, activate=True)
@@ -56,7 +57,7 @@ class Predictor(nn.Module):
         self.mask_kernel = ConvBN(embed_dim, embed_dim // 2, dims=1)
         self.class_logits = classifier(embed_dim, num_classes + 1, dims=1)
         self.mask_norm = batch_norm(1, 2)
-        nn.init.constant_(self.mask_norm.weight, 0.1)
+        nn.init.constant_(self.mask_norm.weight, mask_scale)
         self.void_bias = math.log(num_classes * VOID_PRIOR / (1 - VOID_PRIOR))
 
     def forward(self, pixels: Tensor, class_embedding: Tensor, mask_embedding: Tensor) -> dict[str, Tensor]:
@@ -100,15 +101,18 @@ class KMaXTransformerLayer(nn.Module):
         embed_dim: channels of the centres.
         num_classes: C.
         drop_path: probability with which each of the three residual branches is left out for a sample.
+        mask_scale: see `Predictor`.
     """
 
-    def __init__(self, pixel_channels: int, embed_dim: int, num_classes: int, drop_path: float) -> None:
+    def __init__(
+        self, pixel_channels: int, embed_dim: int, num_classes: int, drop_path: float, mask_scale: float = 0.1
+    ) -> None:
         super().__init__()
         std = embed_dim**-0.5
         self.drop_path = drop_path
         self.pixel_conv = ConvBN(pixel_channels, embed_dim, activate=True)
         self.query_conv = ConvBN(embed_dim, embed_dim, dims=1, activate=True)
-        self.predictor = Predictor(embed_dim, embed_dim, num_classes)
+        self.predictor = Predictor(embed_dim, embed_dim, num_classes, mask_scale)
         self.pixel_value = ConvBN(embed_dim, embed_dim, std=std)
         self.kmeans_norm = batch_norm(embed_dim, 1)
         self.kmeans_out = ConvBN(embed_dim, embed_dim, dims=1, norm_init=0.0)
@@ -186,6 +190,8 @@ class KMaXHead(nn.Module):
         embed_dim: channels of the centres, a multiple of 16.
         num_layers: transformer layers per level.
         drop_path: see `KMaXTransformerLayer`.
+        mask_scale: standard deviation that the mask logits start with; 0.1 as published. A mask needs logits some units
+            apart, which this one number takes thousands of iterations to learn: short schedules start higher.
         aux_semantic: auxiliary semantic head: ``deeplab``, ``stride32`` or None.
         class_threshold_thing: least class probability of a thing segment.
         class_threshold_stuff: least class probability of a stuff segment.
@@ -211,6 +217,7 @@ class KMaXHead(nn.Module):
         embed_dim: int = 256,
         num_layers: Sequence[int] = (2, 2, 2),
         drop_path: float = 0.2,
+        mask_scale: float = 0.1,
         aux_semantic: str | None = "deeplab",
         class_threshold_thing: float = 0.7,
         class_threshold_stuff: float = 0.5,
@@ -227,13 +234,13 @@ class KMaXHead(nn.Module):
         self.cluster_centers = nn.Parameter(torch.empty(embed_dim, num_queries))
         truncated_normal_(self.cluster_centers, 1.0)
         self.layers = nn.ModuleList(
-            KMaXTransformerLayer(channels, embed_dim, num_classes, drop_path)
+            KMaXTransformerLayer(channels, embed_dim, num_classes, drop_path, mask_scale)
             for channels, layers in zip(level_channels, num_layers, strict=True)
             for _ in range(layers)
         )
         self.class_embedding = ConvBN(embed_dim, embed_dim, dims=1, activate=True)
         self.mask_embedding = ConvBN(embed_dim, embed_dim, dims=1, activate=True)
-        self.predictor = Predictor(in_channels, embed_dim, num_classes)
+        self.predictor = Predictor(in_channels, embed_dim, num_classes, mask_scale)
         self.aux_semantic = None
         if aux_semantic is not None:
             _check_choices("aux_semantic", [aux_semantic], AUX_SEMANTIC_HEADS)
