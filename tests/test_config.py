@@ -45,7 +45,9 @@ def write(tmp_path: Path):
 def probe_dataset():
     from densepred.registry import DATASETS
 
-    DATASETS.register_module(name="ConfigProbe", module=type("ConfigProbe", (), {"__init__": _dataset_init}), force=True)
+    DATASETS.register_module(
+        name="ConfigProbe", module=type("ConfigProbe", (), {"__init__": _dataset_init}), force=True
+    )
     yield
     DATASETS.module_dict.pop("ConfigProbe")
 
@@ -65,6 +67,13 @@ def test_overridden_pipeline_reaches_the_data_loader(write):
     assert cfg.train_dataloader.dataset.pipeline == []
 
 
+def test_numbers_of_a_replaced_pipeline_are_dropped_with_it(write):
+    cfg = load_config(write("model = dict(size=(8, 8))"))
+    assert "size" not in cfg
+    with pytest.raises(ConfigError, match="unknown key 'size'"):
+        load_config(write("model = dict(size=(8, 8))"), {"size": (3, 3)})
+
+
 def test_linked_config_keeps_its_links_and_runs_again(write, tmp_path):
     dumped = tmp_path / "dumped.py"
     dumped.write_text(load_linked_config(write("")).pretty_text)
@@ -76,18 +85,34 @@ def test_linked_config_keeps_its_links_and_runs_again(write, tmp_path):
     [
         ("tran_cfg = dict(max_iters=3)", {}, r"tran_cfg: no part.*did you mean 'train_cfg'"),
         ("spare = 3", {}, "spare: no part of the run reads"),
-        ("model = dict(nek=dict(type='ConfigProbe'))", {}, r"model.nek: ConfigProbe has no argument 'nek'; did you mean 'neck'"),
+        (
+            "model = dict(nek=dict(type='ConfigProbe'))",
+            {},
+            r"model.nek: ConfigProbe has no argument 'nek'; did you mean 'neck'",
+        ),
         ("", {"model.nek.classes": 3}, r"unknown key 'nek' in model; did you mean 'neck'"),
         ("", {"model.nek": 3}, r"model.nek: ConfigProbe has no argument 'nek'; did you mean 'neck'"),
         ("", {"num_clases": 3}, r"unknown key 'num_clases'; did you mean 'num_classes'"),
         ("", {"num_classes": "many"}, r"num_classes is 5 \(number\); 'many' is a str"),
         ("", {"model.neck.classes": 2.5}, r"model.neck.classes: 2.5 is a float; ConfigProbe takes <class 'int'>"),
         ("model = dict(mode=3)", {}, r"model.mode: 3 is a int"),
-        ("model = dict(neck=dict(type='OtherProbe', width=3))", {}, r"type changes from ConfigProbe to OtherProbe, but classes"),
+        (
+            "model = dict(neck=dict(type='OtherProbe', width=3))",
+            {},
+            r"type changes from ConfigProbe to OtherProbe, but classes",
+        ),
         ("", {"model.neck.type": "OtherProbe"}, "type changes from ConfigProbe to OtherProbe"),
-        ("model = dict(neck=dict(type='ConfigProb', _delete_=True))", {}, r"registered as 'ConfigProb'; did you mean 'ConfigProbe'"),
+        (
+            "model = dict(neck=dict(type='ConfigProb', _delete_=True))",
+            {},
+            r"registered as 'ConfigProb'; did you mean 'ConfigProbe'",
+        ),
         ("model = dict(neck=dict(_delete_=True, type='OtherProbe'))", {}, "OtherProbe needs the argument 'width'"),
-        ("train_dataloader = dict(batchsize=2)", {}, r"batchsize: a data loader has no such key; did you mean 'batch_size'"),
+        (
+            "train_dataloader = dict(batchsize=2)",
+            {},
+            r"batchsize: a data loader has no such key; did you mean 'batch_size'",
+        ),
         ("num_classes = '${nothing}'", {}, r"links to \$\{nothing\}"),
         ("num_classes = '${size}'\nsize = '${num_classes}'", {}, "circle"),
         ("", {"size.7": 3}, "'7' is no index of a list of 2"),

@@ -152,14 +152,21 @@ def test_mixed_precision_trains_on_cpu(shapes, tmp_path):
 
 
 def test_accumulated_steps_state_the_total_batch(shapes, tmp_path):
-    done = train(shapes, tmp_path, train_cfg__max_iters=2, train_cfg__val_interval=2, optim_wrapper__accumulative_counts=2)
+    done = train(
+        shapes, tmp_path, train_cfg__max_iters=2, train_cfg__val_interval=2, optim_wrapper__accumulative_counts=2
+    )
     assert done.optim_wrapper._accumulative_counts == 2
     log = next(tmp_path.glob("*/*.log")).read_text()
-    assert "4 images a step = 2 a process x 1 processes x 2 accumulated, but this recipe's learning rate is meant for 8" in log
+    assert (
+        "4 images a step = 2 a process x 1 processes x 2 accumulated, but this recipe's learning rate is meant for 8"
+        in log
+    )
 
 
 def test_exploding_run_stops_and_keeps_the_last_checkpoint(finished, shapes, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"iteration \d+: .*images of this batch: .*train2017.*last_checkpoint"):
+    with pytest.raises(
+        FloatingPointError, match=r"iteration \d+: .*images of this batch: .*train2017.*last_checkpoint"
+    ):
         train(shapes, tmp_path, optim_wrapper__optimizer__lr=1e30, train_cfg__max_iters=40, train_cfg__val_interval=40)
     kept = sorted(tmp_path.glob("iter_*.pth"))
     assert all(torch.isfinite(v).all() for path in kept[:1] for v in weights(path).values() if v.is_floating_point())
@@ -173,14 +180,18 @@ def test_class_count_clash_stops_before_the_first_step(shapes, tmp_path):
 
 
 def test_thing_classes_clash_stops_before_the_first_step(shapes, tmp_path):
-    with pytest.raises(ValueError, match=r"disagree whether 5 are things: set the top-level thing_classes=\[0, 1, 2, 3, 4, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"disagree whether 5 are things: set the top-level thing_classes=\[0, 1, 2, 3, 4, 5\]"
+    ):
         train(shapes, tmp_path, thing_classes=[0, 1, 2, 3, 4])
 
 
 def test_checkpoint_of_another_architecture_is_refused(finished, shapes, tmp_path):
     wider = {"model.decoder.base_channels": (16, 16, 8, 16)}
     with pytest.raises(ValueError, match=r"iter_4.pth: .*decoder"):
-        runner.test(SHAPES_CONFIG, str(finished / "iter_4.pth"), small_shapes(shapes) | wider, str(tmp_path), "none", None, None)
+        runner.test(
+            SHAPES_CONFIG, str(finished / "iter_4.pth"), small_shapes(shapes) | wider, str(tmp_path), "none", None, None
+        )
 
 
 def test_missing_data_root_is_one_message_without_a_trace(tmp_path):

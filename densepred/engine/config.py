@@ -112,7 +112,26 @@ def read_config_file(path: Path, depth: int = 0) -> dict:
         if twice := sorted(merged.keys() & part.keys()):
             raise ConfigError(f"{path}: {', '.join(twice)} stands in two of its bases; write a value once")
         merged.update(part)
-    return merge(merged, values, str(path))
+    return drop_orphans(merged, values, merge(merged, values, str(path)))
+
+
+def drop_orphans(bases: dict, leaf: dict, merged: dict) -> dict:
+    """Leave out what a base wrote for its own links, once the leaf has replaced the parts with those links.
+
+    (A leaf with a pipeline of its own need not link to every number of the base's pipeline.)
+    """
+    orphans = (links_in(bases) - links_in(merged)) & bases.keys() - leaf.keys() - runner_keys()
+    return {key: value for key, value in merged.items() if key not in orphans}
+
+
+def links_in(node: Any) -> set[str]:
+    """Return the top-level names that links in nested values reach."""
+    if isinstance(node, dict):
+        return set().union(*map(links_in, node.values()))
+    if isinstance(node, list | tuple):
+        return set().union(*map(links_in, node))
+    match = LINK.fullmatch(node) if isinstance(node, str) else None
+    return {match[1].split(".")[0]} if match else set()
 
 
 def _nearest_file(path: Path) -> str:

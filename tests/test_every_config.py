@@ -1,0 +1,30 @@
+"""Every recipe builds and runs: one training step and one evaluation on generated data in its own layout."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from densepred.engine import runner
+from densepred.engine.config import load_linked_config
+from tests.small import CONFIGS, SMALL
+
+LAYOUTS = {"ade20k": "ade20k", "cityscapes": "cityscapes", "coco": "coco", "shapes": "coco"}
+NO_CHECKPOINTS = {  # of ConvNeXt-L they would take gigabytes
+    "default_hooks.checkpoint.interval": -1,
+    "default_hooks.checkpoint.save_last": False,
+    "default_hooks.checkpoint.save_best": None,
+}
+OPTIONS = SMALL | NO_CHECKPOINTS | {"train_cfg.max_iters": 1, "train_cfg.val_interval": 1}
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_recipe_runs_a_step(config: Path, make_shapes, tmp_path):
+    layout = next(LAYOUTS[word] for word in config.stem.split("_") if word in LAYOUTS)
+    # Where a recipe has these: labelled pixels that a small crop can hold, images that a small set has.
+    written = load_linked_config(config)
+    extra = {key: value for key, value in {"min_labelled": 8, "indices": 2}.items() if key in written}
+    options = OPTIONS | extra | {"data_root": str(make_shapes(layout))}
+    runner.train(str(config), options, str(tmp_path), None, "none", False)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    assert 0 <= metrics["PQ"] <= 100
