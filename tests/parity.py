@@ -4,6 +4,7 @@ A case names every tensor of a model's state dict; `fill` turns such a name and
 shape into the same values on every machine, so a case needs no weight file.
 MT19937 through `RandomState` is used because NumPy keeps its stream frozen.
 """
+
 import json
 import math
 import zlib
@@ -88,13 +89,13 @@ def image_batch(meta) -> np.ndarray:
     ]
     height, width = (-(-max(i.shape[d] for i in images) // 32) * 32 for d in (1, 2))
     batch = np.zeros((len(images), 3, height, width))
-    for slot, i in zip(batch, images):
+    for slot, i in zip(batch, images, strict=True):
         slot[:, : i.shape[1], : i.shape[2]] = i
     return batch
 
 
 def thin(array: np.ndarray, output: dict) -> np.ndarray:
-    """Return what expected.npz holds of `array`: all of it, or the values at the stride that `output` (meta["outputs"][name]) names."""
+    """Return what expected.npz holds of `array`: all, or the values at the stride in `output` (meta["outputs"][name])."""
     if not output.get("thinned"):
         return np.asarray(array)
     if output.get("stride"):

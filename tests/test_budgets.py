@@ -93,7 +93,10 @@ def test_core_imports_neither_torchvision_nor_timm_and_is_quick():
         "import time, torch; start = time.perf_counter(); import densepred, sys;"
         "print(time.perf_counter() - start, 'torchvision' in sys.modules or 'timm' in sys.modules)"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
     seconds, forbidden = min(float(r.split()[0]) for r in runs), runs[0].split()[1]
     assert forbidden == "False"
     assert seconds < 3

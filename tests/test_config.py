@@ -88,10 +88,10 @@ def test_linked_config_keeps_its_links_and_runs_again(write, tmp_path):
         (
             "model = dict(nek=dict(type='ConfigProbe'))",
             {},
-            r"model.nek: ConfigProbe has no argument 'nek'; did you mean 'neck'",
+            r"model.nek: ConfigProbe has no argument .*did you mean 'neck'",
         ),
         ("", {"model.nek.classes": 3}, r"unknown key 'nek' in model; did you mean 'neck'"),
-        ("", {"model.nek": 3}, r"model.nek: ConfigProbe has no argument 'nek'; did you mean 'neck'"),
+        ("", {"model.nek": 3}, r"model.nek: ConfigProbe has no argument .*did you mean 'neck'"),
         ("", {"num_clases": 3}, r"unknown key 'num_clases'; did you mean 'num_classes'"),
         ("", {"num_classes": "many"}, r"num_classes is 5 \(number\); 'many' is a str"),
         ("", {"model.neck.classes": 2.5}, r"model.neck.classes: 2.5 is a float; ConfigProbe takes <class 'int'>"),
@@ -99,13 +99,13 @@ def test_linked_config_keeps_its_links_and_runs_again(write, tmp_path):
         (
             "model = dict(neck=dict(type='OtherProbe', width=3))",
             {},
-            r"type changes from ConfigProbe to OtherProbe, but classes",
+            r"from ConfigProbe to OtherProbe, but classes",
         ),
         ("", {"model.neck.type": "OtherProbe"}, "type changes from ConfigProbe to OtherProbe"),
         (
             "model = dict(neck=dict(type='ConfigProb', _delete_=True))",
             {},
-            r"registered as 'ConfigProb'; did you mean 'ConfigProbe'",
+            r"'ConfigProb'; did you mean 'ConfigProbe'",
         ),
         ("model = dict(neck=dict(_delete_=True, type='OtherProbe'))", {}, "OtherProbe needs the argument 'width'"),
         (

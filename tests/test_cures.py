@@ -69,7 +69,9 @@ def test_non_finite_loss_names_iteration_term_and_files(monkeypatch):
     loop = SeekableTrainLoop.__new__(SeekableTrainLoop)
     loop._iter, loop._runner = 41, SimpleNamespace(work_dir="work_dirs/x")
     batch = {"data_samples": [{"img_path": "a.jpg"}, {"img_path": "b.jpg"}]}
-    with pytest.raises(FloatingPointError, match=r"iteration 42: loss_ce not finite; images of this batch: a.jpg, b.jpg"):
+    with pytest.raises(
+        FloatingPointError, match=r"iteration 42: loss_ce not finite; images of this batch: a.jpg, b.jpg"
+    ):
         loop.run_iter(batch)
 
 

@@ -34,5 +34,7 @@ def test_nothing_to_match(shape):
 def test_names_the_value_that_is_not_finite(value):
     cost = torch.zeros(3, 4)
     cost[1, 2] = float(value)
-    with pytest.raises(FloatingPointError, match=f"1 of 12 values are not finite, the first is {value} at query 1, target 2"):
+    with pytest.raises(
+        FloatingPointError, match=f"1 of 12 values are not finite, the first is {value} at query 1, target 2"
+    ):
         hungarian_match(cost)

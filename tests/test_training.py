@@ -65,9 +65,16 @@ def test_checkpoint_is_safe_to_load_and_written_config_runs_again(finished, shap
 
 def test_test_command_repeats_the_validation_and_writes_predictions(finished, shapes, tmp_path):
     words = as_words({k: v for k, v in small_shapes(shapes).items() if not k.startswith("default_hooks")})
+    outputs = [
+        "--work-dir",
+        str(tmp_path / "test"),
+        "--out",
+        str(tmp_path / "out"),
+        "--show-dir",
+        str(tmp_path / "show"),
+    ]
     done = subprocess.run(
-        command("test", SHAPES_CONFIG, str(finished / "iter_4.pth"), "--work-dir", str(tmp_path / "test"))
-        + ["--out", str(tmp_path / "out"), "--show-dir", str(tmp_path / "show"), "--cfg-options", *words],
+        command("test", SHAPES_CONFIG, str(finished / "iter_4.pth"), *outputs, "--cfg-options", *words),
         capture_output=True,
         text=True,
         cwd=tmp_path,
