@@ -1,5 +1,5 @@
 """Runner glue: configs, hooks, checkpoints, published weights."""
 
-from densepred.engine import cures, hooks, optimizer
+from densepred.engine import cures, hooks, optimizer, pictures, progress
 
-__all__ = ["cures", "hooks", "optimizer"]
+__all__ = ["cures", "hooks", "optimizer", "pictures", "progress"]

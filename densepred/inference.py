@@ -1,0 +1,153 @@
+"""Single images: load a trained model, predict, write the picture."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose
+
+from densepred.data.loading import read_image
+from densepred.engine.build import build_model
+from densepred.engine.checkpoint import read_checkpoint
+from densepred.engine.config import load_config
+from densepred.engine.conversion import load_weights
+from densepred.registry import DATASETS, TRANSFORMS
+from densepred.segmentor import Segmentor
+from densepred.structures import SegSample
+from densepred.visualization import draw_sample, write_png
+
+PathLike = str | os.PathLike
+
+
+def load_model(
+    config: PathLike | Config,
+    checkpoint: PathLike | None = None,
+    device: str = "cpu",
+    cfg_options: dict[str, Any] | None = None,
+) -> Segmentor:
+    """Build a model for prediction.
+
+    Args:
+        config: path of a config file, or a config as `densepred.load_config` returns it.
+        checkpoint: ours or a published file; without one the weights stay as initialised.
+        device: where the model goes.
+        cfg_options: dotted key -> value, see `densepred.build_model`.
+
+    Returns:
+        The model in evaluation mode, with ``dataset_meta`` (``classes``, ``palette``, ``isthing``: those it was trained
+        with, where the checkpoint tells) and ``test_pipeline``, the config's without the steps named ``Load...``.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a name that is not registered.
+        FileNotFoundError, ValueError: the checkpoint cannot be read or does not fit the model exactly.
+    """
+    model = build_model(config, cfg_options)
+    cfg = config if isinstance(config, Config) else load_config(config, cfg_options)
+    trained_on = None
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+        trained_on = (read_checkpoint(checkpoint).get("meta") or {}).get("dataset_meta")
+    dataset = cfg.test_dataloader.dataset
+    model.dataset_meta = trained_on or _classes_of(dataset)
+    steps = [step for step in dataset.pipeline if not step["type"].startswith("Load")]
+    model.test_pipeline = Compose([TRANSFORMS.build(step) for step in steps])
+    return model.to(device).eval()
+
+
+def _classes_of(dataset: dict) -> dict:
+    """Return the class table of a data set's config; its files are opened only where they hold the table."""
+    if dataset.get("classes_from_file"):
+        return DATASETS.build({**dataset, "pipeline": []}).metainfo
+    return DATASETS.get(dataset["type"]).METAINFO
+
+
+def predict_image(model: Segmentor, image: PathLike | np.ndarray) -> SegSample:
+    """Predict on one image.
+
+    Args:
+        model: from `load_model`.
+        image: a file, or an (H, W, 3) uint8 RGB array.
+
+    Returns:
+        The sample with the head's ``pred_`` fields at the image's own size, on the model's device.
+
+    Raises:
+        FileNotFoundError, DamagedImageError: the file cannot be read.
+        ValueError: the array is not of that form.
+    """
+    path = None if isinstance(image, np.ndarray) else os.fspath(image)
+    pixels = image if path is None else read_image(path)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise ValueError(f"an image is an (H, W, 3) uint8 RGB array, not {pixels.shape} {pixels.dtype}")
+    size = pixels.shape[:2]
+    packed = model.test_pipeline(dict(img=pixels, img_path=path, img_id=0, ori_shape=size, img_shape=size))
+    with torch.no_grad():
+        return model.test_step(dict(inputs=[packed["inputs"]], data_samples=[packed["data_samples"]]))[0]
+
+
+def predict_to_file(
+    config: PathLike | Config, checkpoint: PathLike | None, image: PathLike, out: PathLike, device: str = "cpu"
+) -> SegSample:
+    """Predict on one image, write the picture to ``out`` (PNG) and the segments to a JSON file of its name.
+
+    The JSON holds ``image``, ``height``, ``width`` and ``segments``, see `segment_records`.
+
+    Args:
+        config, checkpoint, device: see `load_model`.
+        image: the file.
+        out: where the picture goes, ``*.png``.
+
+    Raises:
+        ValueError: ``out`` is no PNG; and what `load_model` and `predict_image` raise.
+    """
+    out = Path(out)
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"{out}: the picture is written as PNG; name it {out.with_suffix('.png')}")
+    pixels = read_image(image)
+    model = load_model(config, checkpoint, device)
+    sample = predict_image(model, pixels)
+    write_png(out, draw_sample(pixels, sample, "pred", model.dataset_meta))
+    record = dict(image=os.fspath(image), height=pixels.shape[0], width=pixels.shape[1])
+    record["segments"] = list(segment_records(sample, model.dataset_meta["classes"]))
+    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    return sample
+
+
+def segment_records(sample: SegSample, classes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Yield a record for each predicted segment, from what `draw_sample` draws: panoptic, else semantic, else instances.
+
+    A record has ``label``, ``category`` (its name), ``area`` in pixels, ``bbox`` (x, y, width, height), ``segmentation``
+    (COCO's compressed RLE), and of ``id``, ``isthing``, ``score`` those that the prediction has.
+    """
+    from pycocotools import mask as rle
+
+    for mask, known in _masks(sample):
+        code = rle.encode(np.asfortranarray(mask, np.uint8))
+        yield {
+            **known,
+            "category": classes[known["label"]],
+            "area": int(rle.area(code)),
+            "bbox": rle.toBbox(code).tolist(),
+            "segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")},
+        }
+
+
+def _masks(sample: SegSample) -> Iterator[tuple[np.ndarray, dict]]:
+    """Yield each segment's mask (H, W) bool and what is known of it."""
+    if "pred_panoptic" in sample:
+        ids = sample.pred_panoptic.numpy()
+        for segment in sample.pred_panoptic.segments:
+            yield ids == segment["id"], {k: segment[k] for k in ("id", "label", "isthing", "score") if k in segment}
+    elif "pred_semantic" in sample:
+        labels = sample.pred_semantic.cpu().numpy()
+        for label in np.unique(labels):
+            yield labels == label, dict(label=int(label))
+    else:
+        instances = sample.pred_instances.cpu()
+        for mask, label, score in zip(instances.masks, instances.labels, instances.scores, strict=True):
+            yield mask.numpy(), dict(label=int(label), score=float(score))
