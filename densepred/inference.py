@@ -13,13 +13,15 @@ from mmengine.dataset import Compose
 
 from densepred.data.loading import read_image
 from densepred.engine.build import build_model
-from densepred.engine.checkpoint import read_checkpoint
-from densepred.engine.config import load_config
-from densepred.engine.conversion import load_weights
+from densepred.engine.checkpoint import check_loadable, read_checkpoint, state_dict_of
+from densepred.engine.config import load_config, merge_options, resolve_links
+from densepred.engine.conversion import convert_state_dict, detect_source
+from densepred.engine.hooks import check_classes
+from densepred.engine.pictures import GRID_SIDE
 from densepred.registry import DATASETS, TRANSFORMS
 from densepred.segmentor import Segmentor
 from densepred.structures import SegSample
-from densepred.visualization import draw_sample, write_png
+from densepred.visualization import draw_sample, fit, resize_sample, write_png
 
 PathLike = str | os.PathLike
 
@@ -44,19 +46,38 @@ def load_model(
 
     Raises:
         ConfigError: an unknown key, a wrong type, a name that is not registered.
-        FileNotFoundError, ValueError: the checkpoint cannot be read or does not fit the model exactly.
+        FileNotFoundError, ValueError: the checkpoint cannot be read or does not fit the model exactly; or the classes do
+            not fit the head.
     """
     model = build_model(config, cfg_options)
-    cfg = config if isinstance(config, Config) else load_config(config, cfg_options)
-    trained_on = None
-    if checkpoint is not None:
-        load_weights(model, checkpoint)
-        trained_on = (read_checkpoint(checkpoint).get("meta") or {}).get("dataset_meta")
-    dataset = cfg.test_dataloader.dataset
+    dataset = _resolved(config, cfg_options)["test_dataloader"]["dataset"]
+    trained_on = load_trained(model, checkpoint) if checkpoint is not None else None
     model.dataset_meta = trained_on or _classes_of(dataset)
-    steps = [step for step in dataset.pipeline if not step["type"].startswith("Load")]
+    check_classes(model.dataset_meta, model.head.num_classes, getattr(model.head, "thing_classes", None), "test")
+    steps = [step for step in dataset["pipeline"] if not step["type"].startswith("Load")]
     model.test_pipeline = Compose([TRANSFORMS.build(step) for step in steps])
     return model.to(device).eval()
+
+
+def _resolved(config: PathLike | Config, cfg_options: dict[str, Any] | None) -> dict:
+    if isinstance(config, Config):
+        return resolve_links(merge_options(config, cfg_options).to_dict())[0]
+    return load_config(config, cfg_options).to_dict()
+
+
+def load_trained(model: Segmentor, checkpoint: PathLike) -> dict | None:
+    """Load a checkpoint into ``model``, strictly, and return the classes it was trained on, where it tells them."""
+    content = read_checkpoint(checkpoint)
+    try:
+        weights = state_dict_of(content)
+        source = detect_source(weights)
+        if source is not None:
+            weights = convert_state_dict(weights, source, model)
+        check_loadable(model, weights)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from error
+    model.load_state_dict(weights)
+    return (content.get("meta") or {}).get("dataset_meta")
 
 
 def _classes_of(dataset: dict) -> dict:
@@ -85,15 +106,18 @@ def predict_image(model: Segmentor, image: PathLike | np.ndarray) -> SegSample:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise ValueError(f"an image is an (H, W, 3) uint8 RGB array, not {pixels.shape} {pixels.dtype}")
     size = pixels.shape[:2]
-    packed = model.test_pipeline(dict(img=pixels, img_path=path, img_id=0, ori_shape=size, img_shape=size))
+    results = dict(img=pixels, img_path=path, img_id=0, ori_shape=size, img_shape=size, rng=np.random.default_rng(0))
+    packed = model.test_pipeline(results)
     with torch.no_grad():
         return model.test_step(dict(inputs=[packed["inputs"]], data_samples=[packed["data_samples"]]))[0]
 
 
 def predict_to_file(
     config: PathLike | Config, checkpoint: PathLike | None, image: PathLike, out: PathLike, device: str = "cpu"
-) -> SegSample:
-    """Predict on one image, write the picture to ``out`` (PNG) and the segments to a JSON file of its name.
+) -> None:
+    """Predict on one image, write the picture to ``out`` (PNG) and the segments to a JSON file of its name; print both.
+
+    The picture of a small image is enlarged, so that names can be read.
 
     The JSON holds ``image``, ``height``, ``width`` and ``segments``, see `segment_records`.
 
@@ -111,11 +135,13 @@ def predict_to_file(
     pixels = read_image(image)
     model = load_model(config, checkpoint, device)
     sample = predict_image(model, pixels)
-    write_png(out, draw_sample(pixels, sample, "pred", model.dataset_meta))
+    longest = max(GRID_SIDE, *pixels.shape[:2])
+    canvas = fit(pixels, longest, longest)
+    print(write_png(out, draw_sample(canvas, resize_sample(sample, canvas.shape[:2]), "pred", model.dataset_meta)))
     record = dict(image=os.fspath(image), height=pixels.shape[0], width=pixels.shape[1])
     record["segments"] = list(segment_records(sample, model.dataset_meta["classes"]))
     out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    return sample
+    print(out.with_suffix(".json"))
 
 
 def segment_records(sample: SegSample, classes: tuple[str, ...]) -> Iterator[dict[str, Any]]:

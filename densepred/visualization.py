@@ -102,11 +102,11 @@ def draw_instances(
     scored = "scores" in instances
     scores = instances.scores.cpu().numpy() if scored else np.ones(len(labels))
     order = [i for i in np.argsort(scores, kind="stable") if scores[i] >= score_threshold]
-    out, occupied = image.copy(), []
+    out, occupied, faded = image.copy(), [], _faded(image)
     colors = {i: _shade(palette[_checked(int(labels[i]), classes)], rank) for rank, i in enumerate(order)}
     for i in order:
-        tint = np.array(colors[i], np.float32)
-        out[masks[i]] = np.round((1 - opacity) * out[masks[i]] + opacity * tint).astype(np.uint8)
+        tint = opacity * np.array(colors[i], np.float32)
+        out[masks[i]] = np.round((1 - opacity) * faded[masks[i]] + tint).astype(np.uint8)
         outline, _ = cv2.findContours(masks[i].astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(out, outline, -1, _lighter(colors[i]), _line(image), cv2.LINE_AA)
     for i in reversed(order):
@@ -226,7 +226,7 @@ def _paint(image: np.ndarray, ids: np.ndarray, areas: Sequence[Area], opacity: f
     _check_size(image, ids.shape)
     dense = _renumber(ids, areas)  # (H, W), 0 = void, k = areas[k - 1]
     colors = np.array([(0, 0, 0), *(area.color for area in areas)], np.uint8)
-    out = cv2.addWeighted(image, 1 - opacity, colors[dense], opacity, 0)
+    out = cv2.addWeighted(_faded(image), 1 - opacity, colors[dense], opacity, 0)
     void = dense == 0
     out[void] = _hatched(image)[void]
     lines = np.array([(150, 150, 150), *(_lighter(area.color) for area in areas)], np.uint8)
@@ -280,6 +280,12 @@ def _line(image: np.ndarray) -> int:
     return max(1, round(min(image.shape[:2]) / 360))
 
 
+def _faded(image: np.ndarray) -> np.ndarray:
+    """Return the image nearly grey: over a coloured one, a class would have another colour everywhere."""
+    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return cv2.addWeighted(image, 0.25, grey, 0.75, 0)
+
+
 def _hatched(image: np.ndarray) -> np.ndarray:
     height, width = image.shape[:2]
     period = max(6, min(height, width) // 40)
@@ -300,7 +306,7 @@ def _borders(dense: np.ndarray, width: int) -> np.ndarray:
 def _write_name(canvas: np.ndarray, mask: np.ndarray, name: str, occupied: list[tuple[int, int, int, int]]) -> None:
     """Write a name, outlined, where the mask (H, W) uint8 is widest, if it fits there and hides no other name."""
     x, y, radius, room = _widest_place(mask)
-    wanted = min(float(np.clip(min(canvas.shape[:2]) / 34, MIN_TEXT + 1, 30)), 1.1 * radius)
+    wanted = min(float(np.clip(min(canvas.shape[:2]) / 26, MIN_TEXT + 1, 30)), 1.1 * radius)
     scale = _scale_for(name, wanted, room)
     (width, height), below = cv2.getTextSize(name, FONT, scale, 1)
     left = int(np.clip(x - width // 2, 2, max(2, canvas.shape[1] - width - 2)))

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+NO_METRICS = ("step", "time", "data_time")
+"""What a validation line holds besides its metrics."""
+
 
 @HOOKS.register_module()
 class CurvesHook(Hook):
@@ -94,7 +97,7 @@ def plot_curves(scalars: str | Path, out_dir: str | Path) -> list[Path]:
     written = []
     if training:
         written.append(_save(_loss_figure(training), Path(out_dir, "loss_curve.png")))
-    names = sorted({name for line in validation for name in line} - {"step", "time", "data_time"})
+    names = [name for name in dict.fromkeys(name for line in validation for name in line) if name not in NO_METRICS]
     if names:
         written.append(_save(_metric_figure(validation, names), Path(out_dir, "metric_curve.png")))
     return written
@@ -155,6 +158,8 @@ def _metric_figure(validation: list[dict], names: list[str]) -> "Figure":
             axes.plot(steps, _column(validation, name), marker="o", markersize=3, label=name, **style)
         axes.set_title(title)
         axes.set_xlabel("iteration")
+        if not any((_column(validation, name) < 0).any() for name in members):
+            axes.set_ylim(bottom=0)
         if len(members) > 1:
             axes.legend(frameon=False, fontsize="small")
         _tidy(axes)
@@ -171,8 +176,12 @@ def _column(lines: Sequence[dict], name: str) -> np.ndarray:
     return np.array([np.nan if line.get(name) is None else line[name] for line in lines], float)
 
 
-def running_mean(values: np.ndarray, weight: float = 0.9) -> np.ndarray:
-    """Return the exponential mean (N,) of values (N,) without a pull towards a start value; NaN are stepped over."""
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Return the exponential mean (N,) of values (N,) over about N / 40 of them; NaN are stepped over.
+
+    It starts at the first value without a pull towards zero, and a short run is not smoothed.
+    """
+    weight = 1 - 1 / max(1.0, len(values) / 40)
     mean, total, out = 0.0, 0.0, np.full(len(values), np.nan)
     for i, value in enumerate(values):
         if np.isfinite(value):
