@@ -4,7 +4,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-import cv2
 import numpy as np
 from pycocotools import mask as rle
 
@@ -26,7 +25,6 @@ BY_NAME = {c.name: c for c in CLASSES}
 SPREAD = 5573917
 """Segment number -> colour-like id below 2^24 in COCO's layout: one-to-one, as the factor is odd."""
 CITYSCAPES_NAMES = {category: name for category, name, _, _ in CITYSCAPES}
-JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95]
 
 
 def write_split(
