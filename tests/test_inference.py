@@ -1,0 +1,122 @@
+"""Single images: the right size, the right classes, the files that `densepred predict` leaves."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from densepred import build_model, load_config
+from densepred.data.loading import read_image
+from densepred.engine.checkpoint import write_checkpoint
+from densepred.inference import load_model, predict_image, predict_to_file
+from densepred.registry import DATASETS
+from tests.small import SHAPES_CONFIG, small_shapes
+
+RULES = ("class_threshold_thing", "class_threshold_stuff", "overlap_threshold", "pixel_confidence_threshold")
+
+
+@pytest.fixture(scope="module")
+def options(shapes) -> dict:
+    """Options of a small model whose thresholds are zero: untrained it is sure of nothing, and would predict nothing."""
+    return small_shapes(shapes) | {f"model.head.{rule}": 0.0 for rule in RULES}
+
+
+@pytest.fixture(scope="module")
+def written(options, tmp_path_factory):
+    """A checkpoint as a run leaves it, with class names of its own."""
+    folder = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(0)
+    model = build_model(SHAPES_CONFIG, options)
+    cfg = load_config(SHAPES_CONFIG, options)
+    meta = DATASETS.build(dict(cfg.test_dataloader.dataset, pipeline=[])).metainfo
+    renamed = dict(meta, classes=[f"my {name}" for name in meta["classes"]])
+    path = folder / "iter_4.pth"
+    write_checkpoint({"state_dict": model.state_dict(), "meta": {"dataset_meta": renamed}}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(written, options):
+    return load_model(SHAPES_CONFIG, written, cfg_options=options)
+
+
+@pytest.fixture
+def photo(shapes) -> str:
+    return str(sorted((shapes / "val2017").iterdir())[0])
+
+
+def test_model_is_loaded_for_evaluation_with_the_classes_of_its_checkpoint(model, written):
+    assert not model.training
+    assert model.dataset_meta["classes"][0] == "my cross"
+    stored = torch.load(written, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+
+
+def test_classes_come_from_the_data_set_where_the_checkpoint_tells_none(written, options, tmp_path):
+    weights = torch.load(written, weights_only=True)["state_dict"]
+    write_checkpoint({"state_dict": weights}, tmp_path / "bare.pth")
+    bare = load_model(SHAPES_CONFIG, tmp_path / "bare.pth", cfg_options=options)
+    assert bare.dataset_meta["classes"][:2] == ("cross", "disc")
+    assert bare.dataset_meta["isthing"] == (True,) * 6 + (False,) * 4
+
+
+@pytest.mark.parametrize("size", [(64, 80), (50, 33), (200, 90)])
+def test_prediction_has_the_size_of_the_image(model, size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    sample = predict_image(model, image)
+    assert sample.pred_panoptic.ids.shape == size
+    numbers = {s["id"] for s in sample.pred_panoptic.segments}
+    assert numbers
+    assert set(np.unique(sample.pred_panoptic.numpy())) - {0} == numbers
+
+
+def test_file_and_array_give_the_same_prediction(model, photo):
+    from_file, from_array = predict_image(model, photo), predict_image(model, read_image(photo))
+    assert torch.equal(from_file.pred_panoptic.ids, from_array.pred_panoptic.ids)
+    assert from_file.img_path == photo
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((8, 8, 4), np.uint8)]
+)
+def test_array_that_is_no_image_is_refused_with_its_form(model, wrong):
+    with pytest.raises(ValueError, match=r"an image is an \(H, W, 3\) uint8 RGB array, not \(8, 8"):
+        predict_image(model, wrong)
+
+
+def test_checkpoint_of_another_architecture_is_refused_by_name(written, options):
+    with pytest.raises(ValueError, match=r"iter_4.pth: the checkpoint belongs to another architecture"):
+        load_model(SHAPES_CONFIG, written, cfg_options=options | {"model.head.embed_dim": 16})
+
+
+def test_classes_that_do_not_fit_the_head_are_refused(written, options, tmp_path):
+    content = torch.load(written, weights_only=True)
+    content["meta"]["dataset_meta"]["classes"].pop()
+    write_checkpoint(content, tmp_path / "short.pth")
+    with pytest.raises(ValueError, match=r"has 9 classes .* model.head.num_classes is 10"):
+        load_model(SHAPES_CONFIG, tmp_path / "short.pth", cfg_options=options)
+
+
+def test_files_of_a_prediction_agree_with_it(written, options, photo, tmp_path, capsys):
+    config = load_config(SHAPES_CONFIG, options)
+    out = tmp_path / "new" / "scene.png"
+    predict_to_file(config, written, photo, out)
+    assert capsys.readouterr().out.split() == [str(out), str(out.with_suffix(".json"))]
+    height, width = read_image(photo).shape[:2]
+    picture = Image.open(out)
+    assert max(picture.size) == 480
+    assert picture.size[0] * height == picture.size[1] * width
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert (record["height"], record["width"]) == (height, width)
+    predicted = predict_image(load_model(config, written), photo).pred_panoptic
+    areas = {s["id"]: int((predicted.ids == s["id"]).sum()) for s in predicted.segments}
+    assert areas
+    assert {s["id"]: s["area"] for s in record["segments"]} == areas
+    assert all(s["category"].startswith("my ") for s in record["segments"])
+
+
+def test_picture_that_is_no_png_is_refused_before_the_model_is_read(tmp_path):
+    with pytest.raises(ValueError, match=r"out.jpg: the picture is written as PNG; name it .*out.png"):
+        predict_to_file("no_config.py", None, "no_image.jpg", tmp_path / "out.jpg")
