@@ -17,12 +17,14 @@ model = dict(
         drop_path=0.0,
         mask_scale=2.0,
         aux_semantic=None,
+        class_threshold_thing=0.4,
+        class_threshold_stuff=0.4,
         criterion=dict(insdis_sample_k=512),
     ),
 )
-optim_wrapper = dict(optimizer=dict(lr=1e-3), paramwise_cfg=dict(lr_mult=dict(encoder=1.0)))
+optim_wrapper = dict(optimizer=dict(lr=2e-3), paramwise_cfg=dict(lr_mult=dict(encoder=1.0)))
 param_scheduler = [dict(type="WarmupPolyLR", warmup_iters=50, end="${train_cfg.max_iters}")]
-train_cfg = dict(max_iters=700, val_interval=350)
+train_cfg = dict(max_iters=900, val_interval=300)
 auto_scale_lr = dict(base_batch_size=8)
 default_hooks = dict(
     logger=dict(interval=25),
