@@ -322,7 +322,7 @@ def test_configs_hold_the_published_recipe(name):
         model = densepred.build_model(CONFIGS / f"{name}.py")
     count = sum(p.numel() for p in model.parameters()) / 1e6
     auxiliary = sum(p.numel() for p in model.head.aux_semantic.parameters()) / 1e6
-    assert (round(count - auxiliary, 1), round(count, 1)) == pytest.approx((inference, total), abs=0.051)
+    assert (count - auxiliary, count) == pytest.approx((inference, total), abs=0.06)
     assert model.head.cluster_centers.shape == (256, queries)
     assert (cfg.train_cfg.max_iters, cfg.param_scheduler[0].end) == (iterations, iterations)
     assert (cfg.optim_wrapper.optimizer.lr, cfg.auto_scale_lr.base_batch_size) == (rate, batch)
