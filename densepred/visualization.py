@@ -21,8 +21,8 @@ Color = tuple[int, int, int]
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 MIN_TEXT = 9
 """Height in pixels below which a class name is left out."""
-GOLDEN = 0.618034
-"""Steps of this size around a circle never come close to each other."""
+STEPS = (0.618034, 0.414214)
+"""Of hue and lightness from one instance to the next; irrational steps around a circle never come close to each other."""
 
 
 class Area(NamedTuple):
@@ -262,12 +262,11 @@ def _checked(label: int, classes: Sequence[str]) -> int:
 
 
 def _shade(color: Color, rank: int) -> Color:
-    """Return the class colour, turned and brightened a little by the rank of the instance; rank 0 keeps it."""
+    """Return the class colour, turned and brightened or darkened by the rank of the instance; rank 0 keeps it."""
     hue, lightness, saturation = colorsys.rgb_to_hls(*(c / 255 for c in color))
-    turn = (rank * GOLDEN) % 1
-    lift = (rank * GOLDEN**2) % 1
-    target = 0.35 + 0.4 * lift if rank else lightness
-    rgb = colorsys.hls_to_rgb((hue + 0.12 * (turn - 0.5 * (rank > 0))) % 1, 0.4 * lightness + 0.6 * target, saturation)
+    turn, lift = ((rank * step + 0.5) % 1 - 0.5 for step in STEPS)  # -0.5..0.5
+    lightness = min(0.8, max(0.2, lightness + 0.35 * lift)) if rank else lightness
+    rgb = colorsys.hls_to_rgb((hue + 0.15 * turn) % 1, lightness, saturation)
     return tuple(round(255 * c) for c in rgb)
 
 

@@ -12,6 +12,7 @@ from mmengine.logging import HistoryBuffer, MessageHub
 
 from densepred.engine import progress
 from densepred.engine.progress import ProgressHook, TableLogProcessor, duration, table_cells
+from tests.conftest import ROOT
 
 
 class FakeTerminal(io.StringIO):
@@ -92,7 +93,7 @@ def test_validation_has_its_own_bar_while_it_lasts(terminal):
         hook.after_val_iter(runner, i)
     train, val = screen(terminal.getvalue())[:2]
     assert "5/30" in train
-    assert re.match(r" *val .* 3/5 ETA 1:02:03$", val)
+    assert re.match(r" *val .* 3/5 +ETA 1:02:03$", val)
     hook.after_val_epoch(runner)
     lines = screen(terminal.getvalue())
     assert "5/30" in lines[0]
@@ -121,9 +122,9 @@ def test_close_gives_streams_and_cursor_back(terminal):
     assert terminal.getvalue().rindex("\x1b[?25h") > terminal.getvalue().rindex("\x1b[?25l")
 
 
-def test_error_ends_with_a_clean_terminal(tmp_path):
+def test_error_ends_with_a_clean_terminal():
     """What a process prints when it dies stands whole, and the cursor comes back."""
-    script = f"""
+    script = """
 import sys, io, logging
 from rich.console import Console
 from densepred.engine import progress
@@ -131,15 +132,16 @@ from tests.test_progress import FakeRunner, run_training
 progress.REFRESH_SECONDS = 0
 progress.terminal_console = lambda: Console(stderr=True, force_terminal=True, width=100, color_system=None)
 run_training(FakeRunner("x", io.StringIO()), progress.ProgressHook(), 3)
-raise {"KeyboardInterrupt"}("stopped here")
+raise KeyboardInterrupt("stopped here")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT)
+    printed = done.stderr.decode()  # as it is: text=True would turn \r into \n
     assert done.returncode != 0
-    lines = screen(done.stderr)
+    lines = screen(printed)
     assert lines[0].startswith("Traceback")
     assert "KeyboardInterrupt: stopped here" in lines
     assert sum("3/30" in line for line in lines) == 1
-    assert done.stderr.rindex("\x1b[?25h") > done.stderr.rindex("\x1b[?25l")
+    assert printed.rindex("\x1b[?25h") > printed.rindex("\x1b[?25l")
 
 
 def test_without_a_terminal_there_are_only_log_lines(monkeypatch):

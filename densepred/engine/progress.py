@@ -10,7 +10,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import LogProcessor
 
-from densepred.engine.curves import sum_over_layers
+from densepred.engine.curves import NO_METRICS, sum_over_layers
 from densepred.registry import HOOKS, LOG_PROCESSORS
 
 if TYPE_CHECKING:
@@ -49,9 +49,14 @@ class TableLogProcessor(LogProcessor):
         return tag, " ".join(cell.rjust(widths[name]) for name, cell in cells.items())
 
     def get_log_after_epoch(self, runner: Any, batch_idx: int, mode: str, **kwargs: Any) -> tuple[dict, str]:
-        """Do as MMEngine; the table begins anew after what an evaluation prints."""
+        """Return the same, with a validation's metrics in short; the table begins anew after what it prints."""
         self._columns = ()
-        return super().get_log_after_epoch(runner, batch_idx, mode, **kwargs)
+        tag, text = super().get_log_after_epoch(runner, batch_idx, mode, **kwargs)
+        if mode != "val":
+            return tag, text
+        metrics = {self._remove_prefix(name, "val/"): value for name, value in tag.items()}
+        shown = [f"{name} {value:.4g}" for name, value in metrics.items() if name not in NO_METRICS]
+        return tag, f"Validation at iteration {runner.iter}: {'  '.join(shown)}"
 
 
 def table_cells(scalars: dict[str, Any], max_iters: int, eta: float | None) -> dict[str, str]:
