@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from cityscapesscripts.preparation.createPanopticImgs import convert2panoptic
 
 from densepred.data import ADE20KPanoptic, CityscapesPanoptic, CocoPanoptic, SeekableSampler
 from densepred.data.ade20k import panoptic_from_labels
@@ -220,7 +221,6 @@ def test_damaged_image_is_skipped_counted_and_reported_once(coco, monkeypatch):
 
 
 def test_png_and_json_that_do_not_fit(coco):
-    shutil.copy(coco / "annotations/panoptic_train2017/000001.png", coco / "annotations/panoptic_train2017/000002.png")
     edit(coco, lambda c: c["annotations"][1]["segments_info"].pop())
     with pytest.raises(DamagedImageError, match=r"000002\.png holds segment ids .* that its annotation does not list"):
         load(coco)[1]
@@ -282,6 +282,24 @@ def test_prepare_cityscapes(make_shapes, tmp_path, capsys):
     assert "cityscapes_panoptic_val.json is there already; delete it to convert anew" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match=r"no label files .*; unpack gtFine_trainvaltest\.zip into"):
         run("prepare_cityscapes", tmp_path, "--out", tmp_path / "new")
+
+
+def test_cityscapes_conversion_is_the_official_one(make_shapes, tmp_path, capsys):
+    root = make_shapes("cityscapes")
+    convert2panoptic(str(root / "gtFine"), str(tmp_path), useTrainId=False, setNames=["val"])
+    official, ours = (json.loads((f / "cityscapes_panoptic_val.json").read_text()) for f in (tmp_path, root / "gtFine"))
+    assert {image["id"]: image for image in ours["images"]} == {image["id"]: image for image in official["images"]}
+    found = {annotation["image_id"]: annotation for annotation in ours["annotations"]}
+    assert len(found) == len(official["annotations"]) == 3
+    for expected in official["annotations"]:
+        annotation = found[expected["image_id"]]
+        assert annotation["file_name"] == expected["file_name"]
+        by_id = [{s["id"]: s for s in a["segments_info"]} for a in (annotation, expected)]
+        assert by_id[0] == by_id[1]
+        maps = [
+            cv2.imread(str(f / "cityscapes_panoptic_val" / expected["file_name"])) for f in (tmp_path, root / "gtFine")
+        ]
+        assert np.array_equal(*maps)
 
 
 def test_prepare_ade20k(make_shapes, tmp_path):

@@ -23,7 +23,7 @@ from densepred.data.shapes import CATEGORIES, CLASSES, Scene, make_scene
 SPLITS = ("train", "val")
 BY_NAME = {c.name: c for c in CLASSES}
 SPREAD = 5573917
-"""Segment number -> colour-like id below 2^24 in COCO's layout: one-to-one, as the factor is odd."""
+"""Between the ids of consecutive segments in COCO's layout, whose ids use all three bytes."""
 CITYSCAPES_NAMES = {category: name for category, name, _, _ in CITYSCAPES}
 
 
@@ -56,10 +56,10 @@ def write_coco(root: str, split: str, scenes: Iterable[Scene]) -> None:
         _write_rgb(os.path.join(root, f"{split}2017", name), scene.image)
         height, width = scene.ids.shape
         images.append({"id": number, "file_name": name, "height": height, "width": width})
-        ids = scene.ids * SPREAD & 0xFFFFFF
-        write_panoptic_png(os.path.join(root, "annotations", f"panoptic_{split}2017", name), ids)
-        categories = {n * SPREAD & 0xFFFFFF: (BY_NAME[c].coco_id, crowd) for n, (c, crowd) in scene.segments.items()}
-        panoptic.append({"image_id": number, "file_name": name, "segments_info": segments_info(ids, categories)})
+        write_panoptic_png(os.path.join(root, "annotations", f"panoptic_{split}2017", name), _spread(scene.ids))
+        categories = {n: (BY_NAME[category].coco_id, crowd) for n, (category, crowd) in scene.segments.items()}
+        segments = [info | {"id": _spread(info["id"])} for info in segments_info(scene.ids, categories)]
+        panoptic.append({"image_id": number, "file_name": name, "segments_info": segments})
         instances += [{"image_id": number, **record} for record in coco_instances(scene)]
     table = categories_json(CATEGORIES)
     content = {"images": images, "annotations": panoptic, "categories": table}
@@ -151,6 +151,11 @@ LAYOUTS: dict[str, Callable[[str, str, Iterable[Scene]], None]] = {
     "cityscapes": write_cityscapes,
     "ade20k": write_ade20k,
 }
+
+
+def _spread(numbers: int | np.ndarray) -> int | np.ndarray:
+    """Return colour-like ids: one-to-one below 2^24, as the factor is odd."""
+    return numbers * SPREAD & 0xFFFFFF
 
 
 def _write_rgb(path: str, image: np.ndarray) -> None:
