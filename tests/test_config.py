@@ -74,6 +74,12 @@ def test_numbers_of_a_replaced_pipeline_are_dropped_with_it(write):
         load_config(write("model = dict(size=(8, 8))"), {"size": (3, 3)})
 
 
+def test_option_fills_in_an_optional_part(write):
+    leaf = "model = dict(neck=dict(_delete_=True, type='ConfigProbe', classes=3, neck=None))"
+    cfg = load_config(write(leaf), {"model.neck.neck.type": "OtherProbe", "model.neck.neck.width": 4})
+    assert cfg.model.neck.neck.width == 4
+
+
 def test_linked_config_keeps_its_links_and_runs_again(write, tmp_path):
     dumped = tmp_path / "dumped.py"
     dumped.write_text(load_linked_config(write("")).pretty_text)

@@ -9,6 +9,7 @@ objects of one class that is annotated as one segment) and some a patch of stati
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import cv2
@@ -254,15 +255,16 @@ def _static(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarr
 
 
 def _object_texture(rng: np.random.Generator, distance: np.ndarray, radius: float, name: str) -> np.ndarray:
-    """Two colours in one of five patterns, shaded from one side, with a dark rim."""
+    """Two colours in one of five patterns, shaded from one side, with a dark rim; black away from the object."""
     height, width = distance.shape
-    ys, xs = _grid(height, width)
+    near = _window(distance < 1)
+    ys, xs = (coordinate[near] for coordinate in _grid(height, width))
     angle, period = rng.uniform(0, np.pi), rng.uniform(0.35, 0.7) * radius
     along = (xs * np.cos(angle) + ys * np.sin(angle)) * (2 * np.pi / period)
     across = (ys * np.cos(angle) - xs * np.sin(angle)) * (2 * np.pi / period)
     kind = rng.integers(5)
     if kind == 0:
-        pattern = _noise(rng, height, width, 0.05, 0.05)
+        pattern = _noise(rng, height, width, 0.05, 0.05)[near]
     elif kind == 1:
         pattern = np.sin(along) > 0
     elif kind == 2:
@@ -274,9 +276,11 @@ def _object_texture(rng: np.random.Generator, distance: np.ndarray, radius: floa
     first = _random_color(rng, _class_hue(rng, name))
     second = first * rng.uniform(0.45, 0.75) if rng.random() < 0.5 else 0.5 * (first + _random_color(rng))
     shade = 1 + 0.12 * np.sin(along * period / (4 * radius))
-    rim = np.clip(-distance / (0.08 * radius + 1), 0.45, 1)
+    rim = np.clip(-distance[near] / (0.08 * radius + 1), 0.45, 1)
     mixed = first + (second - first) * np.asarray(pattern, np.float32)[..., None]
-    return (mixed * (shade * rim)[..., None]).clip(0, 1)
+    texture = np.zeros((height, width, 3))
+    texture[near] = (mixed * (shade * rim)[..., None]).clip(0, 1)
+    return texture
 
 
 def _class_hue(rng: np.random.Generator, name: str) -> float:
@@ -395,7 +399,17 @@ def _outlines(mask: np.ndarray) -> list[np.ndarray]:
     return [contour[:, 0].astype(float) for contour in contours if len(contour) >= 3]
 
 
+def _window(mask: np.ndarray) -> tuple[slice, slice]:
+    """Return the slices of the box around the True pixels; all where there is none."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return slice(None), slice(None)
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
+@lru_cache(maxsize=4)
 def _grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the pixels' rows and columns, (H, W) float32 each."""
     ys, xs = np.mgrid[:height, :width].astype(np.float32)
+    ys.flags.writeable = xs.flags.writeable = False  # shared by all callers
     return ys, xs

@@ -211,6 +211,8 @@ def _set(node: Any, path: list[str], depth: int, value: Any, where: str) -> Any:
         index = _index(node, part, where)
         items = [_set(item, path, depth + 1, value, where) if i == index else item for i, item in enumerate(node)]
         return type(node)(items)
+    if node is None:  # an optional part: model.encoder.init_cfg.type=Pretrained fills it in
+        node = {}
     if not isinstance(node, dict):
         raise ConfigError(f"{where}: {prefix} is {node!r}, it has no keys")
     if last:

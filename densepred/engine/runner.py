@@ -125,7 +125,8 @@ def use_cpu_processes(cfg: Config) -> None:
         raise ConfigError(f"--launcher {cfg.launcher} needs GPUs; several processes on CPU start with torchrun")
     init_cpu_processes()
     cfg.model_wrapper_cfg = dict(
-        type="CPUDistributedDataParallel", find_unused_parameters=cfg.get("find_unused_parameters", False)
+        type="densepred.CPUDistributedDataParallel",  # MMEngine looks in its root registry here
+        find_unused_parameters=cfg.get("find_unused_parameters", False),
     )
     if cfg.pop("sync_bn", None) and int(os.environ.get("RANK", 0)) == 0:
         print("sync_bn: torch has no synchronised batch norm on CPU; each process normalises its own images")
