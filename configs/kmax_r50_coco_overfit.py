@@ -11,7 +11,7 @@ _base_ = [
     "_base_/schedules/kmax.py",
 ]
 
-image_size = (321, 321)
+image_size = (225, 225)
 indices = [3, 10, 15, 69, 91]
 train_pipeline = [
     dict(type="LoadImage"),
@@ -24,13 +24,15 @@ val_dataloader = dict(
     num_workers=1,
     dataset=dict(ann_file="annotations/panoptic_train2017.json", image_dir="train2017", indices="${indices}"),
 )
-model = dict(head=dict(drop_path=0.0, aux_semantic=None, class_threshold_thing=0.5))
-optim_wrapper = dict(optimizer=dict(weight_decay=0.0), paramwise_cfg=dict(lr_mult=dict(encoder=1.0)))
+model = dict(
+    head=dict(drop_path=0.0, mask_scale=2.0, aux_semantic=None, criterion=dict(insdis_sample_k=512)),
+)
+optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.0), paramwise_cfg=dict(lr_mult=dict(encoder=1.0)))
 param_scheduler = [dict(type="WarmupPolyLR", warmup_iters=20, end="${train_cfg.max_iters}")]
-train_cfg = dict(max_iters=300, val_interval=100)
+train_cfg = dict(max_iters=200, val_interval=50)
 auto_scale_lr = dict(base_batch_size=5)
 default_hooks = dict(
     logger=dict(interval=10),
-    checkpoint=dict(interval=100),
+    checkpoint=dict(interval=50),
     norm_momentum=dict(type="BatchNormMomentumHook", momentum=0.1),
 )

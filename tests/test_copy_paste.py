@@ -135,7 +135,9 @@ def pipeline(ratio_range):
 def test_the_whole_pipeline_repeats(tmp_path):
     folder = Folder(tmp_path, 5)
     second = dict(type="CopyPaste", transforms=pipeline((0.25, 1.0)), size=(64, 64))
-    redraw = TRANSFORMS.build(dict(type="Redraw", transforms=[*pipeline((0.5, 2.0)), second], min_labelled=60))
+    redraw = TRANSFORMS.build(
+        dict(type="Redraw", transforms=[*pipeline((0.5, 2.0)), second], min_labelled=60, max_share=1.0)
+    )
     pack = PackSegInputs()
 
     def sample(visit, i):

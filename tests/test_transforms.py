@@ -248,7 +248,7 @@ def test_ssd_color_jitter_steps_fire_half_of_the_time():
 def test_redraw_takes_another_image_until_one_has_labels(tmp_path):
     folder = Folder(tmp_path, 4, void=(0, 1))
     load = [dict(type="LoadImage"), dict(type="LoadPanoptic")]
-    redraw = TRANSFORMS.build(dict(type="Redraw", transforms=load, min_labelled=100))
+    redraw = TRANSFORMS.build(dict(type="Redraw", transforms=load, min_labelled=100, max_share=1.0))
     assert redraw(folder.start(2))["img_id"] == 2
     drawn = [redraw(folder.start(0, seed))["img_id"] for seed in range(20)]
     assert set(drawn) == {2, 3}
@@ -260,11 +260,11 @@ def test_redraw_counts_no_crowd_and_gives_up(tmp_path):
     results = LoadPanoptic()(LoadImage()(folder.start(0)))
     labelled = int(np.isin(results["panoptic"][::4, ::4], [1, 2, 3, 4]).sum())
     load = [LoadImage(), LoadPanoptic()]
-    assert Redraw(load, min_labelled=labelled - 1)(folder.start(0))["img_id"] == 0
+    assert Redraw(load, min_labelled=labelled - 1, max_share=1.0)(folder.start(0))["img_id"] == 0
     with pytest.raises(
         ValueError, match=rf"0\.png and 2 more .* min_labelled={labelled} labelled .* lower min_labelled"
     ):
-        Redraw(load, min_labelled=labelled, tries=3)(folder.start(0))
+        Redraw(load, min_labelled=labelled, max_share=1.0, tries=3)(folder.start(0))
 
 
 def test_pack():

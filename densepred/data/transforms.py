@@ -195,6 +195,8 @@ class Redraw(BaseTransform):
     Args:
         transforms: the pipeline, from loading on.
         min_labelled: a sample needs more labelled pixels than this, and at least one segment.
+        max_share: of the grid, on small crops that cannot hold ``min_labelled``; at the published 1281 x 1281 pixels,
+            4096 is the lesser of the two.
         stride: of the grid on which they are counted.
         tries: images to try before giving up.
 
@@ -202,15 +204,22 @@ class Redraw(BaseTransform):
         ValueError: none of the tries had enough labels.
     """
 
-    def __init__(self, transforms: list[dict], min_labelled: int = 4096, stride: int = 4, tries: int = 50) -> None:
+    def __init__(
+        self,
+        transforms: list[dict],
+        min_labelled: int = 4096,
+        max_share: float = 0.04,
+        stride: int = 4,
+        tries: int = 50,
+    ) -> None:
         self.transforms = build_pipeline(transforms)
-        self.min_labelled, self.stride, self.tries = min_labelled, stride, tries
+        self.min_labelled, self.max_share, self.stride, self.tries = min_labelled, max_share, stride, tries
 
     def transform(self, results: dict) -> dict:
         first = results["img_path"]
         for _ in range(self.tries):
             results = run_pipeline(self.transforms, results)
-            if self._labelled(results) > self.min_labelled:
+            if self._has_enough(results):
                 return results
             results = draw_image(results)
         raise ValueError(
@@ -218,9 +227,10 @@ class Redraw(BaseTransform):
             f"pixels on every {self.stride}. row and column; lower min_labelled or enlarge the training size"
         )
 
-    def _labelled(self, results: dict) -> int:
+    def _has_enough(self, results: dict) -> bool:
+        grid = results["panoptic"][:: self.stride, :: self.stride]
         kept = [s["id"] for s in results["segments"] if not s["iscrowd"]]
-        return int(np.isin(results["panoptic"][:: self.stride, :: self.stride], kept).sum())
+        return np.isin(grid, kept).sum() > min(self.min_labelled, self.max_share * grid.size)
 
 
 @TRANSFORMS.register_module()

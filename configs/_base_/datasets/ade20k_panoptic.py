@@ -14,12 +14,10 @@ thing_classes = [
 ]  # fmt: skip
 image_size = (1281, 1281)  # (height, width) of every batch; for another size keep the sides 32 k + 1
 data_root = "datasets/ADEChallengeData2016"
-min_labelled = 4096  # samples with fewer labelled pixels at stride 4 are drawn anew; lower it with image_size
 
 train_pipeline = [
     dict(
         type="Redraw",
-        min_labelled="${min_labelled}",
         transforms=[
             dict(type="LoadImage"),
             dict(type="LoadPanoptic"),

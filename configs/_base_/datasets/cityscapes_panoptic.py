@@ -8,12 +8,10 @@ num_classes = 19
 thing_classes = list(range(11, 19))
 image_size = (1025, 2049)  # (height, width) of every batch; for another size keep the sides 32 k + 1
 data_root = "datasets/cityscapes"
-min_labelled = 4096  # samples with fewer labelled pixels at stride 4 are drawn anew; lower it with image_size
 
 train_pipeline = [
     dict(
         type="Redraw",
-        min_labelled="${min_labelled}",
         transforms=[
             dict(type="LoadImage"),
             dict(type="LoadPanoptic"),
