@@ -158,6 +158,19 @@ def options_of(args: argparse.Namespace) -> dict:
     return parse_options(args.cfg_options)
 
 
+def make_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of one command, or of ``densepred`` with all of them."""
+    if command is not None:
+        parser = argparse.ArgumentParser(description=COMMANDS[command][0].__doc__)
+        COMMANDS[command][0](parser)
+        return parser
+    parser = argparse.ArgumentParser(prog="densepred", description="Dense prediction and segmentation.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (add, _) in COMMANDS.items():
+        add(commands.add_parser(name, help=add.__doc__, description=add.__doc__))
+    return parser
+
+
 def main(command: str | None = None) -> None:
     """Run one command; without ``command`` the first word names it.
 
@@ -165,18 +178,8 @@ def main(command: str | None = None) -> None:
         command: set by ``tools/*.py``, which are one command each.
     """
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the package index at every start
-    if command is None:
-        parser = argparse.ArgumentParser(prog="densepred", description="Dense prediction and segmentation.")
-        commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-        for name, (add, _) in COMMANDS.items():
-            add(commands.add_parser(name, help=add.__doc__, description=add.__doc__))
-        args = parser.parse_args()
-        command = args.command
-    else:
-        add = COMMANDS[command][0]
-        parser = argparse.ArgumentParser(description=add.__doc__)
-        add(parser)
-        args = parser.parse_args()
+    args = make_parser(command).parse_args()
+    command = command or args.command
     if args.__dict__.get("local_rank") is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     try:

@@ -1,0 +1,63 @@
+"""What the documents show is what the commands take: flags parse, options load, files and links exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import densepred
+import densepred_cli
+from densepred.engine.config import load_config, parse_options
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "datasets" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOOLS = {"convert_checkpoint": "convert"}
+
+
+def command_lines() -> list[str]:
+    """Return every shown line that starts one of our commands."""
+    shown = re.compile(r"^\s*((?:python tools/\w+\.py|densepred) [^\n|]*)", re.MULTILINE)
+    return [line.split("   #")[0].strip() for page in PAGES for line in shown.findall(page.read_text())]
+
+
+def option_rows() -> list[str]:
+    """Return the options of the table in docs/configs.md."""
+    rows = re.findall(r"^\|[^|]+\| `([^`]+=[^`]+)`", (ROOT / "docs" / "configs.md").read_text(), re.MULTILINE)
+    return [row for row in rows if not row.startswith("custom_imports")]
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_shown_command_parses(line):
+    words = shlex.split(line)
+    if words[0] == "python":
+        tool = Path(words[1]).stem
+        densepred_cli.make_parser(TOOLS.get(tool, tool)).parse_args(words[2:])
+        assert (ROOT / words[1]).is_file()
+    else:
+        densepred_cli.make_parser().parse_args(words[1:])
+    for word in words:
+        assert not word.startswith("configs/") or (ROOT / word).is_file(), word
+
+
+@pytest.mark.parametrize("row", option_rows())
+def test_shown_options_load(row):
+    words = [word for word in shlex.split(row) if word != "--cfg-options"]
+    load_config(ROOT / "configs" / "kmax_r50_coco.py", parse_options(words))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_linked_files_exist(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_every_recipe_stands_in_the_table_of_models():
+    table = (ROOT / "README.md").read_text()
+    missing = [path.name for path in (ROOT / "configs").glob("*.py") if f"`{path.name}`" not in table]
+    assert missing in ([], ["kmax_r50_coco_overfit.py"])
+
+
+def test_python_surface_of_the_readme_exists():
+    assert callable(densepred.build_model)
+    assert callable(densepred.convert_state_dict)
