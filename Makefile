@@ -24,7 +24,6 @@ install:
 demo: setup  ## write the Shapes set, train kMaX-DeepLab on it, evaluate, draw
 	$(PY) datasets/prepare_shapes.py datasets/shapes
 	$(PY) tools/train.py configs/kmax_r18_shapes.py --work-dir work_dirs/demo
-	$(PY) tools/demo_report.py work_dirs/demo
 
 test:  ## the whole suite
 	@$(MAKE) --no-print-directory setup EXTRAS=test

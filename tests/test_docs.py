@@ -11,7 +11,12 @@ import densepred_cli
 from densepred.engine.config import load_config, parse_options
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "datasets" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "datasets" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 TOOLS = {"convert_checkpoint": "convert"}
 
 

@@ -13,6 +13,7 @@ import torch
 
 from densepred.engine import runner
 from densepred.engine.checkpoint import read_checkpoint
+from densepred.engine.conversion import to_official
 from densepred.evaluation.panoptic import evaluate_files
 from tests.conftest import ROOT
 from tests.small import SHAPES_CONFIG, as_words, small_shapes
@@ -89,6 +90,15 @@ def test_test_command_repeats_the_validation_and_writes_predictions(finished, sh
     out = tmp_path / "out"
     record = evaluate_files(truth, truth.with_suffix(""), out / "predictions.json", out / "predictions")
     assert 100 * record["All"]["pq"] == pytest.approx(measured["PQ"], abs=1e-9)
+
+
+def test_official_file_loads_without_a_conversion_step(finished, shapes, tmp_path):
+    official = to_official(weights(finished / "iter_4.pth"), "kmax-deeplab")
+    torch.save({"model": official, "iteration": 4}, tmp_path / "official.pth")
+    tested = runner.test(
+        SHAPES_CONFIG, str(tmp_path / "official.pth"), small_shapes(shapes), str(tmp_path), "none", None, None
+    )
+    assert equal(weights(finished / "iter_4.pth"), tested.model.state_dict())
 
 
 def test_two_runs_are_equal_to_the_bit(finished, shapes, tmp_path):
