@@ -95,3 +95,16 @@ def test_schedule_resumes():
         scheduler.optimizer.step()
         scheduler.step()
     assert second.get_last_value() == first.get_last_value() == [pytest.approx(0.4**0.9)]
+
+
+def test_prolonged_run_follows_the_new_end():
+    wrapper = OptimWrapper(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
+    stored = WarmupPolyLR(wrapper, 0, end=4)
+    for _ in range(4):
+        wrapper.optimizer.step()
+        stored.step()
+    longer = WarmupPolyLR(OptimWrapper(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)), 0, end=10)
+    longer.load_state_dict(stored.state_dict())
+    longer.optimizer.step()
+    longer.step()
+    assert longer.get_last_value() == [pytest.approx(0.5**0.9)]

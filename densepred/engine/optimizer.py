@@ -100,6 +100,11 @@ class WarmupPolyLR(_ParamScheduler):
         self.warmup_iters, self.warmup_factor, self.power = warmup_iters, warmup_factor, power
         super().__init__(optimizer, "lr", end=end, by_epoch=False, last_step=last_step)
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Go on from a stored position; the schedule's own numbers stay the config's, so that a run can be prolonged."""
+        own = ("warmup_iters", "warmup_factor", "power", "end")
+        super().load_state_dict({key: value for key, value in state_dict.items() if key not in own})
+
     def factor(self, t: int) -> float:
         """Return the factor on the base learning rate in iteration t, 0 <= t < T."""
         if t < self.warmup_iters:
