@@ -104,6 +104,7 @@ class WarmupPolyLR(_ParamScheduler):
         """Go on from a stored position; the schedule's own numbers stay the config's, so that a run can be prolonged."""
         own = ("warmup_iters", "warmup_factor", "power", "end")
         super().load_state_dict({key: value for key, value in state_dict.items() if key not in own})
+        self.last_step = self._global_step  # MMEngine stops counting the former at the end
 
     def factor(self, t: int) -> float:
         """Return the factor on the base learning rate in iteration t, 0 <= t < T."""
