@@ -170,13 +170,14 @@ def test_resolved_links_are_copies():
 
 
 def test_options_are_parsed_like_mmengine_does():
-    assert parse_options(["a.b=3", "c=1e-4", "d=[1,2]", "e=x,y", "f=None", "g=k=v"]) == {
+    assert parse_options(["a.b=3", "c=1e-4", "d=[1,2]", "e=x,y", "f=None", "g=k=v", "h=/a b/c"]) == {
         "a.b": 3,
         "c": 1e-4,
         "d": [1, 2],
         "e": ["x", "y"],
         "f": None,
         "g": "k=v",
+        "h": "/a b/c",
     }
     with pytest.raises(ConfigError, match="write key=value"):
         parse_options(["a.b"])

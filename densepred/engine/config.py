@@ -84,7 +84,9 @@ def parse_options(pairs: list[str] | None) -> dict[str, Any]:
         key, sign, value = pair.partition("=")
         if not sign:
             raise ConfigError(f"--cfg-options {pair}: write key=value, e.g. train_dataloader.batch_size=4")
-        options[key] = DictAction._parse_iterable(value)
+        # MMEngine's parser of lists drops every space, which a path may need.
+        parse = DictAction._parse_iterable if set(value) & set("[](),") else DictAction._parse_int_float_bool
+        options[key] = parse(value.strip("'\""))
     return options
 
 
