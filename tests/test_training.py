@@ -149,7 +149,7 @@ def test_resume_from_a_path_takes_that_checkpoint(finished, shapes, tmp_path):
 
 def test_two_processes_train_and_validate_together(shapes, tmp_path):
     options = small_shapes(shapes, train_cfg__max_iters=2, train_cfg__val_interval=2)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     tool = [str(ROOT / "tools" / "train.py"), SHAPES_CONFIG, "--launcher", "pytorch", "--work-dir", str(tmp_path)]
     done = subprocess.run(
         [*launcher, *tool, "--cfg-options", *as_words(options)],
