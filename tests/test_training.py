@@ -109,7 +109,7 @@ def test_two_runs_are_equal_to_the_bit(finished, shapes, tmp_path):
 def test_killed_run_resumes_to_equal_weights(shapes, tmp_path):
     """kill -9 in the middle; what is lost is only the steps since the last checkpoint, and they repeat exactly."""
     options = small_shapes(
-        shapes, train_cfg__max_iters=8, train_cfg__val_interval=4, model__head__drop_path=0.2, ema=True
+        shapes, train_cfg__max_iters=12, train_cfg__val_interval=4, model__head__drop_path=0.2, ema=True
     ) | {"train_dataloader.num_workers": 1}
     start = command("train", SHAPES_CONFIG, "--cfg-options", *as_words(options))
     whole = subprocess.run([*start, "--work-dir", str(tmp_path / "whole")], capture_output=True, text=True)
@@ -127,13 +127,13 @@ def test_killed_run_resumes_to_equal_weights(shapes, tmp_path):
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    assert not (tmp_path / "killed" / "iter_8.pth").exists()
+    assert not (tmp_path / "killed" / "iter_12.pth").exists()
 
     resumed = subprocess.run(
         [*start, "--work-dir", str(tmp_path / "killed"), "--resume"], capture_output=True, text=True
     )
     assert resumed.returncode == 0, resumed.stderr
-    one, other = (read_checkpoint(tmp_path / name / "iter_8.pth") for name in ("whole", "killed"))
+    one, other = (read_checkpoint(tmp_path / name / "iter_12.pth") for name in ("whole", "killed"))
     assert equal(one["state_dict"], other["state_dict"])
     assert equal(one["ema_state_dict"], other["ema_state_dict"])
     for name, value in one["optimizer"]["state"][0].items():
