@@ -4,11 +4,12 @@ Every pixel belongs to the query with its largest mask logit; a query's update i
 pixels (textbook k-means takes the mean). The (B, Q, P) one-hot matrix of that assignment is never built.
 """
 
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from densepred.ops.backend import backend_name
 
 
 def _assign_and_sum(pixel_value: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,7 +27,7 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {"eager
 
 @torch.library.custom_op("densepred::kmeans_attention", mutates_args=())
 def _kmeans_attention(pixel_value: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor]:
-    return BACKENDS[_backend(pixel_value.device)](pixel_value, mask_logits)
+    return BACKENDS[backend_name(BACKENDS, pixel_value.device)](pixel_value, mask_logits)
 
 
 @_kmeans_attention.register_fake
@@ -76,16 +77,6 @@ def kmeans_attention(pixel_value: Tensor, mask_logits: Tensor) -> tuple[Tensor, 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _backend(device: torch.device) -> str:
-    """Return the backend of a device: what the environment says, else the best there is (eager everywhere so far)."""
-    name = os.environ.get("DENSEPRED_OPS_BACKEND") or "eager"
-    if name not in BACKENDS:
-        raise ValueError(
-            f"DENSEPRED_OPS_BACKEND={name!r}: on {device.type} choose one of {sorted(BACKENDS)} or unset it"
-        )
-    return name
 
 
 __all__ = ["BACKENDS", "kmeans_attention"]
