@@ -13,9 +13,9 @@ from mmengine.dataset import Compose
 
 from densepred.data.loading import read_image
 from densepred.engine.build import build_model
-from densepred.engine.checkpoint import check_loadable, read_checkpoint, state_dict_of
+from densepred.engine.checkpoint import read_checkpoint, state_dict_of
 from densepred.engine.config import load_config, merge_options, resolve_links
-from densepred.engine.conversion import convert_state_dict, detect_source
+from densepred.engine.conversion import fitting_weights, naming
 from densepred.engine.hooks import check_classes
 from densepred.engine.pictures import GRID_SIDE
 from densepred.registry import DATASETS, TRANSFORMS
@@ -68,14 +68,8 @@ def _resolved(config: PathLike | Config, cfg_options: dict[str, Any] | None) -> 
 def load_trained(model: Segmentor, checkpoint: PathLike) -> dict | None:
     """Load a checkpoint into ``model``, strictly, and return the classes it was trained on, where it tells them."""
     content = read_checkpoint(checkpoint)
-    try:
-        weights = state_dict_of(content)
-        source = detect_source(weights)
-        if source is not None:
-            weights = convert_state_dict(weights, source, model)
-        check_loadable(model, weights)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint}: {error}") from error
+    with naming(checkpoint):
+        weights, _ = fitting_weights(model, state_dict_of(content), whole=True)
     model.load_state_dict(weights)
     return (content.get("meta") or {}).get("dataset_meta")
 

@@ -203,7 +203,7 @@ def test_metric_under_the_evaluator_gives_percent_and_a_record():
 
 def test_metric_begins_anew_after_each_evaluation():
     samples, meta = synthetic_samples()
-    metric = metric_for(meta, prefix="val")
+    metric = metric_for(meta)
     first, second = ([sample.to_dict() for sample in part] for part in (samples[:20], samples[20:30]))
     metric.process(None, second)
     alone = metric.evaluate(10)
@@ -211,7 +211,7 @@ def test_metric_begins_anew_after_each_evaluation():
     metric.evaluate(20)
     metric.process(None, second)
     assert metric.evaluate(10) == alone
-    assert "val/PQ" in alone
+    assert "PQ" in alone
 
 
 def test_memory_does_not_grow_with_the_images():

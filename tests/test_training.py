@@ -101,6 +101,14 @@ def test_official_file_loads_without_a_conversion_step(finished, shapes, tmp_pat
     assert equal(weights(finished / "iter_4.pth"), tested.model.state_dict())
 
 
+def test_evaluation_refuses_an_encoder_by_itself(finished, shapes, tmp_path):
+    torch.save(to_official(weights(finished / "iter_4.pth"), "torchvision-resnet"), tmp_path / "resnet18.pth")
+    with pytest.raises(ValueError, match=r"(?s)resnet18.pth: .*missing from the file: decoder"):
+        runner.test(
+            SHAPES_CONFIG, str(tmp_path / "resnet18.pth"), small_shapes(shapes), str(tmp_path), "none", None, None
+        )
+
+
 def test_two_runs_are_equal_to_the_bit(finished, shapes, tmp_path):
     train(shapes, tmp_path)
     assert equal(weights(finished / "iter_4.pth"), weights(tmp_path / "iter_4.pth"))

@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from densepred.data.class_tables import Category
 from densepred.data.errors import DamagedImageError
+from densepred.evaluation.coco_format import write_id_map
 
 LINES = 10
 """Progress lines that a run off a terminal prints at most."""
@@ -61,9 +62,9 @@ def read_labels(path: str) -> np.ndarray:
 
 
 def write_panoptic_png(path: str, ids: np.ndarray) -> None:
-    """Write segment numbers (H, W) < 2^24 as RGB, number = R + 256 G + 65536 B."""
-    ids = ids.astype(np.uint32)
-    write_image(path, np.stack([ids >> 16, ids >> 8 & 255, ids & 255], axis=-1).astype(np.uint8))  # (H, W, 3) BGR
+    """Write segment numbers (H, W) as `write_id_map` does, and the folder where needed."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write_id_map(path, ids)
 
 
 def write_image(path: str, image: np.ndarray) -> None:

@@ -4,7 +4,6 @@ Label maps that move with the image, all optional: ``panoptic`` (void 0), ``sema
 where the image holds no pixels of any photo, set by `CopyPaste`) and ``masks`` (N, H, W).
 """
 
-import difflib
 import inspect
 import os
 import random
@@ -17,6 +16,7 @@ from mmcv.transforms import BaseTransform
 from numpy.random import Generator
 from PIL import Image
 
+from densepred.errors import nearest
 from densepred.registry import TRANSFORMS
 from densepred.structures import PanopticMap, SegSample
 
@@ -189,7 +189,7 @@ def _map_hsv(img: np.ndarray, channel: int, table: np.ndarray) -> np.ndarray:
 class Redraw(BaseTransform):
     """Run a pipeline, and run it again on another random image of the set until enough pixels carry a label.
 
-    The pixels of segments that are no crowd are counted on every ``stride``-th row and column, where the losses that
+    The pixels of segments that are no crowd are counted on every fourth row and column, where the losses that
     sample ``min_labelled`` pixels look.
 
     Args:
@@ -197,7 +197,6 @@ class Redraw(BaseTransform):
         min_labelled: a sample needs more labelled pixels than this, and at least one segment.
         max_share: of the grid, on small crops that cannot hold ``min_labelled``; at the published 1281 x 1281 pixels,
             4096 is the lesser of the two.
-        stride: of the grid on which they are counted.
         tries: images to try before giving up.
 
     Raises:
@@ -213,7 +212,7 @@ class Redraw(BaseTransform):
         tries: int = 50,
     ) -> None:
         self.transforms = build_pipeline(transforms)
-        self.min_labelled, self.max_share, self.stride, self.tries = min_labelled, max_share, stride, tries
+        self.min_labelled, self.max_share, self.tries = min_labelled, max_share, tries
 
     def transform(self, results: dict) -> dict:
         first = results["img_path"]
@@ -224,11 +223,11 @@ class Redraw(BaseTransform):
             results = draw_image(results)
         raise ValueError(
             f"{first} and {self.tries - 1} more random images have no more than min_labelled={self.min_labelled} labelled "
-            f"pixels on every {self.stride}. row and column; lower min_labelled or enlarge the training size"
+            f"pixels on every fourth row and column; lower min_labelled or enlarge the training size"
         )
 
     def _has_enough(self, results: dict) -> bool:
-        grid = results["panoptic"][:: self.stride, :: self.stride]
+        grid = results["panoptic"][::4, ::4]
         kept = [s["id"] for s in results["segments"] if not s["iscrowd"]]
         return np.isin(grid, kept).sum() > min(self.min_labelled, self.max_share * grid.size)
 
@@ -300,11 +299,12 @@ def _build(config: dict) -> object:
     name = arguments.pop("type", None)
     known = {key: value for key, value in vars(albumentations).items() if _is_transform(value)}
     if name not in known:
-        raise ValueError(f"albumentations has no transform {name!r}{_nearest(str(name), known)}")
+        raise ValueError(f"albumentations has no transform {name!r}{nearest(str(name), known)}")
     parameters = inspect.signature(known[name].__init__).parameters
     for key in arguments:
         if key not in parameters:
-            raise ValueError(f"albumentations transform {name} has no argument {key!r}{_nearest(key, parameters)}")
+            names = parameters.keys() - {"self"}
+            raise ValueError(f"albumentations transform {name} has no argument {key!r}{nearest(key, names)}")
     for key in ("fill_mask", "mask_drop_value", "mask_interpolation"):
         if arguments.get(key):
             raise ValueError(
@@ -323,11 +323,6 @@ def _is_transform(value: object) -> bool:
     from albumentations import BaseCompose, BasicTransform
 
     return inspect.isclass(value) and issubclass(value, (BasicTransform, BaseCompose))
-
-
-def _nearest(name: str, known: dict) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 @TRANSFORMS.register_module()

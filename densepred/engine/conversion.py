@@ -270,7 +270,7 @@ def convert_file(src: str | Path, dst: str | Path, source: str, model: nn.Module
     Raises:
         FileNotFoundError, ValueError: see `read_checkpoint` and `convert_state_dict`; the message names the file.
     """
-    with _naming(src):
+    with naming(src):
         official = state_dict_of(read_checkpoint(src))
         converted = convert_state_dict(official, source, model)
     write_checkpoint({"state_dict": converted}, dst)
@@ -278,7 +278,7 @@ def convert_file(src: str | Path, dst: str | Path, source: str, model: nn.Module
 
 
 @contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
+def naming(path: str | Path) -> Iterator[None]:
     """Put the file's name before an error that lacks it."""
     try:
         yield
@@ -306,23 +306,41 @@ def load_weights(model: nn.Module, path: str | Path, source: str | None = None) 
     Raises:
         FileNotFoundError, ValueError: the file is unreadable or does not fit ``model`` exactly.
     """
-    with _naming(path):
-        weights = state_dict_of(read_checkpoint(path))
-        source = source or detect_source(weights)
-        if source is not None:
-            converted = convert_state_dict(weights, source, model)
-            report = _report(weights, converted, source)
-        else:
-            converted = weights if hasattr(model, "encoder") else _encoder_part(weights)
-            check_loadable(model, converted)
-            report = f"{len(converted)} tensors of our own"
-    model.load_state_dict(converted, strict=len(converted) == len(model.state_dict()))
+    with naming(path):
+        weights, report = fitting_weights(model, state_dict_of(read_checkpoint(path)), source)
+    model.load_state_dict(weights, strict=len(weights) == len(model.state_dict()))
     return f"{path}: {report}"
 
 
-def _encoder_part(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def fitting_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], source: str | None = None, whole: bool = False
+) -> tuple[dict[str, Tensor], str]:
+    """Return weights under our names that fit ``model``, and a report of one line.
+
+    Args:
+        model: a segmentor or an encoder. An encoder also takes its part of a segmentor's weights.
+        weights: ours or of a published format.
+        source: one of `SOURCES`; by default it is recognised by the keys.
+        whole: refuse an encoder's file for a segmentor: what is evaluated must be trained in every part.
+
+    Raises:
+        ValueError: the weights do not fit exactly.
+    """
+    source = source or detect_source(weights)
+    if source is not None:
+        fitting = convert_state_dict(weights, source, model)
+        report = _report(weights, fitting, source)
+    else:
+        fitting = dict(weights) if hasattr(model, "encoder") else _encoder_part(weights)
+        report = f"{len(fitting)} tensors of our own"
+    if source is None or whole:
+        check_loadable(model, fitting)
+    return fitting, report
+
+
+def _encoder_part(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     part = {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
-    return part or weights
+    return part or dict(weights)
 
 
 @WEIGHT_INITIALIZERS.register_module()

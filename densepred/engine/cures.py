@@ -10,7 +10,6 @@
 5. A NaN loss trains on in silence: `NonFiniteLossHook`.
 """
 
-import os
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -170,7 +169,6 @@ class AmpOptimWrapper(OptimWrapper):
 def init_cpu_processes() -> None:
     """Join the process group that ``torchrun`` describes, over gloo."""
     torch.distributed.init_process_group("gloo")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @MODEL_WRAPPERS.register_module()

@@ -11,7 +11,7 @@ from mmengine.model import is_model_wrapper
 from torch import nn
 
 from densepred.engine.checkpoint import state_dict_of
-from densepred.engine.conversion import check_loadable, convert_state_dict, detect_source
+from densepred.engine.conversion import fitting_weights, naming
 from densepred.registry import HOOKS
 
 
@@ -24,25 +24,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
 class LoadWeightsHook(Hook):
     """Make a loaded checkpoint fit exactly or stop: official files are converted on the fly, ours are held strictly.
 
-    MMEngine loads what fits and only logs the rest; a checkpoint of another architecture would train from scratch.
+    MMEngine loads what fits and only logs the rest; a checkpoint of another architecture would train from scratch. A
+    training may start from an encoder's file; an evaluation needs every weight.
     """
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Replace the checkpoint's weights by weights under our keys, complete and of the right shapes."""
-        try:
-            checkpoint["state_dict"] = self._fitting(runner, state_dict_of(checkpoint))
-        except ValueError as error:
-            raise ValueError(f"{runner._load_from or 'checkpoint'}: {error}") from error
-
-    def _fitting(self, runner: Any, state_dict: dict) -> dict:
-        model = unwrapped(runner.model)
-        source = detect_source(state_dict)
-        if source is None:
-            check_loadable(model, state_dict)
-            return state_dict
-        converted = convert_state_dict(state_dict, source, model)
-        runner.logger.info(f"Converted {len(converted)} tensors from {source}")
-        return converted
+        trains = runner._train_loop is not None
+        with naming(runner._load_from or "checkpoint"):
+            weights, report = fitting_weights(unwrapped(runner.model), state_dict_of(checkpoint), whole=not trains)
+        checkpoint["state_dict"] = weights
+        runner.logger.info(f"Weights: {report}")
 
 
 @HOOKS.register_module()

@@ -131,17 +131,13 @@ class PanopticQuality(BaseMetric):
 
     Args:
         out_dir: Folder for the predictions in COCO's panoptic format: ``predictions.json`` and ``predictions/*.png``.
-        prefix: As in MMEngine; none by default.
 
     Attributes:
         per_class: Name -> ``pq``, ``sq``, ``rq`` (0..1), ``tp``, ``fp``, ``fn``, ``iou_sum`` of the last evaluation.
     """
 
-    default_prefix = None
-
-    def __init__(self, out_dir: str | None = None, prefix: str | None = None) -> None:
-        super().__init__(prefix="PQ")  # a placeholder: without one MMEngine warns, and these names need none
-        self.prefix = prefix
+    def __init__(self, out_dir: str | None = None) -> None:
+        super().__init__(prefix="PQ")  # without one MMEngine warns; `evaluate` does without
         self.per_class: dict[str, dict] = {}
         self._record: dict[str, Any] | None = None
         self._writer = None if out_dir is None else PredictionWriter(out_dir, dist.get_rank())
@@ -183,7 +179,7 @@ class PanopticQuality(BaseMetric):
             if self._writer is not None:
                 self._writer.merge(dist.get_world_size(), images)
         dist.barrier()  # nobody begins the next round's files before they are merged
-        return {f"{self.prefix}/{name}" if self.prefix else name: value for name, value in metrics.items()}
+        return metrics
 
     def compute_metrics(self, results: list[np.ndarray]) -> dict[str, float]:
         """Return the metrics in percent of a list of counts (C, 4), and keep the record."""
