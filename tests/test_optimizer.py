@@ -108,3 +108,19 @@ def test_prolonged_run_follows_the_new_end():
     longer.optimizer.step()
     longer.step()
     assert longer.get_last_value() == [pytest.approx(0.5**0.9)]
+
+
+def test_biases_may_decay_but_norms_and_named_tables_do_not():
+    model = nn.ModuleDict(
+        {
+            "head": nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)),
+            "decoder": nn.Linear(2, 2),
+            "other": nn.GroupNorm(1, 2),
+        }
+    )
+    model["head"].register_parameter("level_embed", nn.Parameter(torch.zeros(3, 2)))
+    model["decoder"].register_parameter("level_embed", nn.Parameter(torch.zeros(3, 2)))
+    groups = constructor(no_decay=["head.level_embed"], decay_biases=True).param_groups(model)
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    free = {name for name, p in model.named_parameters() if decay[id(p)] == 0}
+    assert free == {"head.level_embed", "head.1.weight", "head.1.bias", "other.weight", "other.bias"}

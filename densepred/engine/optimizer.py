@@ -10,7 +10,7 @@ from torch import nn
 from densepred.errors import ConfigError, nearest
 from densepred.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS
 
-PARAMWISE_KEYS = ("lr_mult", "no_decay")
+PARAMWISE_KEYS = ("lr_mult", "no_decay", "decay_biases")
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -24,7 +24,8 @@ class DecayGroupsConstructor:
     Args:
         optim_wrapper_cfg: config of the wrapper with ``optimizer``, whose ``lr`` and ``weight_decay`` are the base.
         paramwise_cfg: ``lr_mult``, factor by the first part of parameters' names, e.g. ``dict(encoder=0.1)``;
-            ``no_decay``, last parts of names, e.g. ``["cluster_centers"]``.
+            ``no_decay``, ends of names, e.g. ``["cluster_centers", "head.level_embed"]``; ``decay_biases=True`` lets biases
+            decay, but for those of norms.
 
     Raises:
         ConfigError: an unknown key in ``paramwise_cfg``, or an entry that names no parameter of the model.
@@ -39,6 +40,7 @@ class DecayGroupsConstructor:
                 raise ConfigError(f"optim_wrapper.paramwise_cfg.{key}: unknown key{nearest(key, PARAMWISE_KEYS)}")
         self.lr_mult = dict(paramwise_cfg.get("lr_mult", {}))
         self.no_decay = tuple(paramwise_cfg.get("no_decay", ()))
+        self.decay_biases = bool(paramwise_cfg.get("decay_biases", False))
 
     def __call__(self, model: nn.Module) -> BaseOptimWrapper:
         """Build the optimizer over the model's trainable parameters, and its wrapper."""
@@ -50,12 +52,14 @@ class DecayGroupsConstructor:
         """Return ``params``, ``lr`` and ``weight_decay`` of every group."""
         names = [name for name, _ in model.named_parameters()]
         self._check("lr_mult", self.lr_mult, {name.split(".")[0] for name in names})
-        self._check("no_decay", self.no_decay, {name.split(".")[-1] for name in names})
+        self._check("no_decay", self.no_decay, {end for name in names for end in _ends(name)})
         groups = defaultdict(list)
+        norms = norm_parameters(model)
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            decays = parameter.ndim > 1 and name.split(".")[-1] not in self.no_decay
+            bias = self.decay_biases and name.endswith("bias") and name not in norms
+            decays = (parameter.ndim > 1 or bias) and not _ends(name) & set(self.no_decay)
             groups[self.lr_mult.get(name.split(".")[0], 1.0), decays].append(parameter)
         return [
             dict(params=params, lr=self.optimizer["lr"] * mult, weight_decay=self.optimizer["weight_decay"] * decays)
@@ -70,6 +74,19 @@ class DecayGroupsConstructor:
                     f"optim_wrapper.paramwise_cfg.{key} names {entry!r}, which no parameter of the model has"
                     f"{nearest(entry, known)}"
                 )
+
+
+def norm_parameters(model: nn.Module) -> set[str]:
+    """Return the names of the parameters that belong to normalisation layers."""
+    kinds = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+    norms = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    return {f"{norm}.{name}" for norm in norms for name in ("weight", "bias")}
+
+
+def _ends(name: str) -> set[str]:
+    """Return the name's dotted ends: of ``a.b.c`` these are ``c``, ``b.c`` and ``a.b.c``."""
+    parts = name.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
 
 
 @PARAM_SCHEDULERS.register_module()
