@@ -1,5 +1,6 @@
 """Decoders: the encoder's pyramid -> `densepred.structures.Features`."""
 
+from densepred.decoders.deformable import DeformablePixelDecoder
 from densepred.decoders.kmax import KMaXPixelDecoder
 
-__all__ = ["KMaXPixelDecoder"]
+__all__ = ["DeformablePixelDecoder", "KMaXPixelDecoder"]

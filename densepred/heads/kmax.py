@@ -257,16 +257,18 @@ class KMaXHead(nn.Module):
             mask_power=reorder_mask_weight,
         )
 
-    def forward(self, features: Features) -> dict:
+    def forward(self, features: Features, deep_supervision: bool = True) -> dict:
         """Predict queries' classes and masks.
 
         Args:
             features: what the pixel decoder hands on.
+            deep_supervision: also return what the transformer layers predict.
 
         Returns:
             ``pred_logits`` (B, Q, C + 1) void last, ``pred_masks`` (B, Q, h, w) logits at the size of the decoder's
-            pixels, ``pixel_feature`` (B, D, h, w) of unit length; ``aux_outputs``, the same three of every transformer
-            layer, resized to (h, w); in training mode ``aux_semantic_pred``, see `AUX_SEMANTIC_HEADS`.
+            pixels, ``pixel_feature`` (B, D, h, w) of unit length; with deep supervision ``aux_outputs``, the same three
+            of every transformer layer, resized to (h, w); in training mode ``aux_semantic_pred``, see
+            `AUX_SEMANTIC_HEADS`.
         """
         centres = self.cluster_centers.expand(len(features.pixels), -1, -1)  # (B, embed_dim, Q)
         levels = [level for level, count in zip(features.levels, self.num_layers, strict=True) for _ in range(count)]
@@ -275,8 +277,9 @@ class KMaXHead(nn.Module):
             centres, prediction = layer(pixels, centres)
             aux_outputs.append(prediction)
         outputs = self.predictor(features.pixels, self.class_embedding(centres), self.mask_embedding(centres))
-        size = outputs["pred_masks"].shape[-2:]
-        outputs["aux_outputs"] = [resize_aux_output(aux, size) for aux in aux_outputs]
+        if deep_supervision:
+            size = outputs["pred_masks"].shape[-2:]
+            outputs["aux_outputs"] = [resize_aux_output(aux, size) for aux in aux_outputs]
         if self.training and self.aux_semantic is not None:
             outputs["aux_semantic_pred"] = self.aux_semantic(features.encoder)
         return outputs
