@@ -163,7 +163,7 @@ def test_an_encoder_takes_its_part_of_a_kmax_checkpoint():
     assert list(convert_state_dict(official, "kmax-deeplab", model)) == list(model.state_dict())
 
 
-@pytest.mark.parametrize("source", [s for s in SOURCES if s != "kmax-deeplab"])
+@pytest.mark.parametrize("source", [s for s in SOURCES if "resnet" in s or "convnext" in s])
 def test_round_trip_gives_the_same_weights(source, convnext):
     encoder = convnext if "convnext" in source else ResNet(18)
     for model, prefix in ((encoder, ""), (Whole(encoder), "encoder.")):

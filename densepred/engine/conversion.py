@@ -1,14 +1,14 @@
 """Published weights under our names, and back.
 
-One `Source` a published format: how its keys read, which of them are no part of the model, and the two renamings. The
-conversion is strict both ways: every key is used or dropped by a rule written here, none is missing, all shapes agree.
+The conversion is strict both ways: every key is used or dropped by a rule of its format (`sources`), none is missing, all
+shapes agree.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from mmengine.logging import print_log
@@ -23,163 +23,15 @@ from densepred.engine.checkpoint import (
     state_dict_of,
     write_checkpoint,
 )
-from densepred.errors import nearest
+from densepred.engine.mapping_mask2former import PARTS
+from densepred.engine.sources import SOURCES, detect_source, source_named
 from densepred.registry import WEIGHT_INITIALIZERS
 
-Rename = Callable[[str], str]
 COUNTER = "num_batches_tracked"
 """BatchNorm's counter of steps. Files older than PyTorch 0.4.1 and ports from other frameworks lack it: filled with 0."""
 
-
-@dataclass(frozen=True)
-class Source:
-    """A published format.
-
-    Attributes:
-        what: one line for reports and ``--help``.
-        to_ours, to_official: renamings of one key; for an encoder's format, of keys relative to the encoder.
-        dropped: keys (by full match) that belong to another task or are bookkeeping.
-        fingerprint: patterns of which each must match the start of some key of a file in this format.
-        encoder_only: holds an encoder's weights alone.
-    """
-
-    what: str
-    to_ours: Rename
-    to_official: Rename
-    dropped: str
-    fingerprint: tuple[str, ...]
-    encoder_only: bool = True
-
-
-def _renamer(*rules: tuple[str, str | Callable[[re.Match], str]]) -> Rename:
-    """Return a function that applies the first rule (pattern, replacement) which matches the start of a key."""
-    compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
-
-    def rename(key: str) -> str:
-        for pattern, replacement in compiled:
-            if pattern.match(key):
-                return pattern.sub(replacement, key, count=1)
-        return key
-
-    return rename
-
-
-def _stage(shift: int, before: str, after: str) -> Callable[[re.Match], str]:
-    """Return a replacement that shifts group 1 and puts it between ``before`` and ``after`` (a template)."""
-    return lambda match: f"{before}{int(match[1]) + shift}{match.expand(after)}"
-
-
-def _kmax_to_ours(key: str) -> str:
-    from densepred.engine.mapping_kmax import rename_to_ours
-
-    for official, ours in _KMAX_PREFIXES.items():
-        if key.startswith(official):
-            return rename_to_ours(ours + key.removeprefix(official))
-    return key
-
-
-def _kmax_to_official(key: str) -> str:
-    from densepred.engine.mapping_kmax import rename_to_official
-
-    key = rename_to_official(key)
-    for official, ours in _KMAX_PREFIXES.items():
-        if key.startswith(ours):
-            return official + key.removeprefix(ours)
-    return key
-
-
-def _same(key: str) -> str:
-    return key
-
-
-_KMAX_PREFIXES = {
-    "backbone.": "encoder.",
-    "sem_seg_head.pixel_decoder.": "decoder.",
-    "sem_seg_head.predictor.": "head.",
-}
-
-_TORCHVISION = dict(
-    to_ours=_renamer(
-        (r"conv(\d)\.", r"stem.conv\1."),
-        (r"bn(\d)\.", r"stem.conv\1.norm."),
-        (r"layer(\d)\.(\d+)\.conv(\d)\.", _stage(1, "res", r".\2.conv\3.")),
-        (r"layer(\d)\.(\d+)\.bn(\d)\.", _stage(1, "res", r".\2.conv\3.norm.")),
-        (r"layer(\d)\.(\d+)\.downsample\.0\.", _stage(1, "res", r".\2.shortcut.")),
-        (r"layer(\d)\.(\d+)\.downsample\.1\.", _stage(1, "res", r".\2.shortcut.norm.")),
-    ),
-    to_official=_renamer(
-        (r"stem\.conv(\d)\.norm\.", r"bn\1."),
-        (r"stem\.conv(\d)\.", r"conv\1."),
-        (r"res(\d)\.(\d+)\.conv(\d)\.norm\.", _stage(-1, "layer", r".\2.bn\3.")),
-        (r"res(\d)\.(\d+)\.conv(\d)\.", _stage(-1, "layer", r".\2.conv\3.")),
-        (r"res(\d)\.(\d+)\.shortcut\.norm\.", _stage(-1, "layer", r".\2.downsample.1.")),
-        (r"res(\d)\.(\d+)\.shortcut\.", _stage(-1, "layer", r".\2.downsample.0.")),
-    ),
-    dropped=r"fc\..*",
-    fingerprint=(r"conv1\.weight", r"layer1\.0\.conv1\.weight"),
-)
-
-SOURCES = {
-    "kmax-deeplab": Source(
-        "a whole kMaX-DeepLab (PyTorch) checkpoint",
-        _kmax_to_ours,
-        _kmax_to_official,
-        dropped=r"criterion\..*|pixel_mean|pixel_std",
-        fingerprint=(r"backbone\.", r"sem_seg_head\.pixel_decoder\._in_norms\.", r"sem_seg_head\.predictor\._"),
-        encoder_only=False,
-    ),
-    "torchvision-resnet": Source("an ImageNet ResNet of torchvision", **_TORCHVISION),
-    "timm-resnet": Source("an ImageNet ResNet of timm (torchvision's names)", **_TORCHVISION),
-    "detectron2-resnet": Source(
-        "an ImageNet ResNet in detectron2's layout",
-        _same,
-        _same,
-        dropped=r"(stem\.)?fc\..*",
-        fingerprint=(r"stem\.conv1\.weight", r"res2\.0\.conv1\.norm\.weight"),
-    ),
-    "convnext": Source(
-        "an official ImageNet ConvNeXt",
-        _same,
-        _same,
-        dropped=r"(norm|head)\..*",
-        fingerprint=(r"downsample_layers\.0\.0\.weight", r"stages\.0\.0\.dwconv\.weight"),
-    ),
-    "timm-convnext": Source(
-        "an ImageNet ConvNeXt of timm",
-        _renamer(
-            (r"stem\.", "downsample_layers.0."),
-            (r"stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
-            (r"stages\.(\d)\.blocks\.(\d+)\.conv_dw\.", r"stages.\1.\2.dwconv."),
-            (r"stages\.(\d)\.blocks\.(\d+)\.mlp\.fc(\d)\.", r"stages.\1.\2.pwconv\3."),
-            (r"stages\.(\d)\.blocks\.(\d+)\.", r"stages.\1.\2."),
-        ),
-        _renamer(
-            (r"downsample_layers\.0\.", "stem."),
-            (r"downsample_layers\.(\d)\.", r"stages.\1.downsample."),
-            (r"stages\.(\d)\.(\d+)\.dwconv\.", r"stages.\1.blocks.\2.conv_dw."),
-            (r"stages\.(\d)\.(\d+)\.pwconv(\d)\.", r"stages.\1.blocks.\2.mlp.fc\3."),
-            (r"stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
-        ),
-        dropped=r"(norm_pre|head)\..*",
-        fingerprint=(r"stem\.0\.weight", r"stages\.0\.blocks\.0\.conv_dw\.weight"),
-    ),
-}
-"""The published formats by the names that ``--source`` takes."""
-
-
-def _source(name: str) -> Source:
-    if name not in SOURCES:
-        raise ValueError(f"source={name!r}: unknown published format{nearest(name, SOURCES)}")
-    return SOURCES[name]
-
-
-def detect_source(keys: Iterable[str]) -> str | None:
-    """Return the name of the published format that keys look like, or None."""
-    keys = list(keys)
-    for name, source in SOURCES.items():
-        if all(any(re.match(pattern, key) for key in keys) for pattern in source.fingerprint):
-            return name
-    return None
+GATE = "decoder.gate."
+"""The gate of an adaptive exit, which wraps the decoder that every format names ``decoder``."""
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor], source: str, model: nn.Module) -> dict[str, Tensor]:
@@ -193,26 +45,60 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], source: str, model: nn.
 
     Returns:
         Our key -> tensor, in the order of ``model``. Of an encoder's format for a segmentor, the keys of its encoder;
-        of a whole model for an encoder by itself, the encoder's part.
+        of a whole model for an encoder by itself, the encoder's part. What files of this format never hold
+        (`Source.kept`) is there with the model's own values.
 
     Raises:
         ValueError: unknown source, or keys left over, missing or of another shape; the message names the first ones.
     """
-    official = state_dict_of(state_dict)
-    renamed = _renamed(official, source, model)
-    inside = hasattr(model, "encoder") and _source(source).encoder_only
-    expected = {k: v for k, v in shapes(model.state_dict()).items() if k.startswith("encoder." if inside else "")}
-    for key in expected:
-        if key.endswith(COUNTER) and key not in renamed:
-            renamed[key] = torch.zeros((), dtype=torch.int64)
-    differences = mismatches(expected, shapes(renamed))
+    return _convert(state_dict_of(state_dict), source, model).weights
+
+
+class _Converted(NamedTuple):
+    weights: dict[str, Tensor]
+    report: str
+    kept: list[str]
+    """Keys that the file lacks by its format: their values are the model's own."""
+
+
+def _convert(official: Mapping[str, Tensor], source: str, model: nn.Module) -> _Converted:
+    rules, own = source_named(source), model.state_dict()
+    inside = "encoder." if rules.encoder_only and hasattr(model, "encoder") else ""
+    own = {key: value for key, value in own.items() if key.startswith(inside)}
+    renamed = _joined(_renamed(official, source, model))
+    # A frozen norm counts no steps.
+    unused = [k for k in renamed if k.endswith(COUNTER) and k not in own and f"{k[: -len(COUNTER)]}running_var" in own]
+    renamed = {key: value for key, value in renamed.items() if key not in unused}
+    counters = [key for key in own if key.endswith(COUNTER) and key not in renamed]
+    renamed |= {key: torch.zeros((), dtype=torch.int64) for key in counters}
+    kept = [key for key in own if key not in renamed and re.fullmatch(rules.kept, key.removeprefix(inside))]
+    renamed |= {key: own[key] for key in kept}
+    differences = mismatches(shapes(own), shapes(renamed))
     if differences:
-        raise ValueError(_does_not_fit(source, official, expected, model, differences))
-    return {key: renamed[key] for key in expected}
+        raise ValueError(_does_not_fit(source, official, own, model, differences))
+    report = f"{len(own)} tensors, {sum(v.numel() for v in renamed.values()) / 1e6:.1f} M values"
+    notes = (
+        f"from {len(official)} keys of {source}",
+        _counted("dropped by rule", [key for key in official if re.fullmatch(rules.dropped, key)]),
+        _counted("not in files of this kind, kept as initialised", kept),
+        f"{len(counters)} absent step counters set to 0" if counters else "",
+        f"{len(unused)} step counters left out: the norms are frozen" if unused else "",
+    )
+    report = f"{report}, {'; '.join(note for note in notes if note)}"
+    return _Converted({key: renamed[key] for key in own}, report, kept)
+
+
+def _counted(what: str, keys: list[str]) -> str:
+    return f"{what}: {_some(keys)}" if keys else ""
+
+
+def _some(keys: list[str], most: int = 6) -> str:
+    return ", ".join(keys[:most]) + (f", and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def _renamed(official: Mapping[str, Tensor], source: str, model: nn.Module) -> dict[str, Tensor]:
-    rules, whole = _source(source), hasattr(model, "encoder")
+    rules, whole = source_named(source), hasattr(model, "encoder")
+    adaptive = hasattr(getattr(model, "decoder", None), "gate")
     origin, renamed = {}, {}
     for key, value in official.items():
         if re.fullmatch(rules.dropped, key):
@@ -224,11 +110,25 @@ def _renamed(official: Mapping[str, Tensor], source: str, model: nn.Module) -> d
             if not ours.startswith("encoder."):
                 continue
             ours = ours.removeprefix("encoder.")
+        if adaptive and ours.startswith("decoder.") and not ours.startswith(GATE):
+            ours = f"decoder.{ours}"  # the adaptive exit wraps the decoder that the format names
         if ours in renamed:
             raise ValueError(f"the keys {origin[ours]} and {key} both mean {ours}: no file of {source!r}")
         origin[ours] = key
         renamed[ours] = value.long() if key.endswith(COUNTER) else value
     return renamed
+
+
+def _joined(renamed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put the parts of fused weights together; parts that are alone or do not agree stay, to be named as unknown."""
+    joined = dict(renamed)
+    for key in renamed:
+        whole = key.removesuffix(PARTS[0])
+        parts = [renamed.get(whole + part) for part in PARTS]
+        if whole != key and all(part is not None and part.shape == parts[0].shape for part in parts):
+            joined = {k: v for k, v in joined.items() if k not in {whole + part for part in PARTS}}
+            joined[whole] = torch.cat(parts)
+    return joined
 
 
 def _does_not_fit(source: str, official: Mapping, expected: Mapping, model: nn.Module, differences: str) -> str:
@@ -246,16 +146,23 @@ def to_official(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tens
 
     Args:
         state_dict: of a segmentor or, for an encoder's format, of an encoder too; of a segmentor such a format takes the
-            encoder's weights alone.
+            encoder's weights alone. An adaptive exit leaves its gate out where the format has no place for it.
         source: one of `SOURCES`.
 
     Raises:
         ValueError: unknown source.
     """
-    rules = _source(source)
+    rules = source_named(source)
     if rules.encoder_only and any(k.startswith("encoder.") for k in state_dict):
         state_dict = {k.removeprefix("encoder."): v for k, v in state_dict.items() if k.startswith("encoder.")}
-    return {rules.to_official(key): value for key, value in state_dict.items()}
+    official = {}
+    for key, value in state_dict.items():
+        if key.startswith(GATE) and rules.kept:
+            continue
+        key = key.replace("decoder.decoder.", "decoder.", 1) if key.startswith("decoder.decoder.") else key
+        parts = zip(PARTS, value.chunk(3), strict=True) if re.fullmatch(rules.fused, key) else (("", value),)
+        official.update({rules.to_official(key + part): piece for part, piece in parts})
+    return official
 
 
 def convert_file(src: str | Path, dst: str | Path, source: str, model: nn.Module) -> str:
@@ -271,10 +178,9 @@ def convert_file(src: str | Path, dst: str | Path, source: str, model: nn.Module
         FileNotFoundError, ValueError: see `read_checkpoint` and `convert_state_dict`; the message names the file.
     """
     with naming(src):
-        official = state_dict_of(read_checkpoint(src))
-        converted = convert_state_dict(official, source, model)
-    write_checkpoint({"state_dict": converted}, dst)
-    return f"{src}: {_report(official, converted, source)} -> {dst}"
+        converted = _convert(state_dict_of(read_checkpoint(src)), source, model)
+    write_checkpoint({"state_dict": converted.weights}, dst)
+    return f"{src}: {converted.report} -> {dst}"
 
 
 @contextmanager
@@ -284,15 +190,6 @@ def naming(path: str | Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-
-
-def _report(official: Mapping[str, Tensor], converted: Mapping[str, Tensor], source: str) -> str:
-    dropped = [key for key in official if re.fullmatch(SOURCES[source].dropped, key)]
-    counters = sum(k.endswith(COUNTER) for k in converted) - sum(k.endswith(COUNTER) for k in official)
-    values = sum(value.numel() for value in converted.values())
-    report = f"{len(converted)} tensors, {values / 1e6:.1f} M values, from {len(official)} keys of {source}"
-    report += f"; dropped by rule: {', '.join(dropped)}" if dropped else ""
-    return report + (f"; {counters} absent step counters set to 0" if counters > 0 else "")
 
 
 def load_weights(model: nn.Module, path: str | Path, source: str | None = None) -> str:
@@ -326,15 +223,19 @@ def fitting_weights(
     Raises:
         ValueError: the weights do not fit exactly.
     """
-    source = source or detect_source(weights)
+    source, kept = source or detect_source(weights), []
     if source is not None:
-        fitting = convert_state_dict(weights, source, model)
-        report = _report(weights, fitting, source)
+        fitting, report, kept = _convert(weights, source, model)
     else:
         fitting = dict(weights) if hasattr(model, "encoder") else _encoder_part(weights)
         report = f"{len(fitting)} tensors of our own"
     if source is None or whole:
         check_loadable(model, fitting)
+    if whole and kept:
+        raise ValueError(
+            f"files of {source!r} have no {_some(kept)}: an evaluation needs every weight trained. Train the model from "
+            "this file first, or evaluate it with the config of the published model"
+        )
     return fitting, report
 
 

@@ -1,0 +1,225 @@
+"""The published formats that weights come in: how each one's keys read, and which of them are no part of the model."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from densepred.engine.mapping_mask2former import (
+    official_to_ours,
+    ours_to_official,
+    ours_to_transformers,
+    ours_to_transformers_swin,
+    transformers_swin_to_ours,
+    transformers_to_ours,
+)
+from densepred.errors import nearest
+
+Rename = Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A published format.
+
+    Attributes:
+        what: one line for reports and ``--help``.
+        to_ours, to_official: renamings of one key; for an encoder's format, of keys relative to the encoder.
+        dropped: keys (by full match) that belong to another task or are bookkeeping.
+        fingerprint: patterns of which each must match the start of some key of a file in this format.
+        encoder_only: holds an encoder's weights alone.
+        kept: our keys (by full match) that a file in this format may lack: the model keeps its own values there.
+        fused: our keys whose query, key and value this format holds one by one; the renamings then deal in names of
+            parts, see `mapping_mask2former.PARTS`.
+    """
+
+    what: str
+    to_ours: Rename
+    to_official: Rename
+    dropped: str
+    fingerprint: tuple[str, ...]
+    encoder_only: bool = True
+    kept: str = ""
+    fused: str = ""
+
+
+def _renamer(*rules: tuple[str, str | Callable[[re.Match], str]]) -> Rename:
+    """Return a function that applies the first rule (pattern, replacement) which matches the start of a key."""
+    compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
+
+    def rename(key: str) -> str:
+        for pattern, replacement in compiled:
+            if pattern.match(key):
+                return pattern.sub(replacement, key, count=1)
+        return key
+
+    return rename
+
+
+def _stage(shift: int, before: str, after: str) -> Callable[[re.Match], str]:
+    """Return a replacement that shifts group 1 and puts it between ``before`` and ``after`` (a template)."""
+    return lambda match: f"{before}{int(match[1]) + shift}{match.expand(after)}"
+
+
+def _kmax_to_ours(key: str) -> str:
+    from densepred.engine.mapping_kmax import rename_to_ours
+
+    for official, ours in _KMAX_PREFIXES.items():
+        if key.startswith(official):
+            return rename_to_ours(ours + key.removeprefix(official))
+    return key
+
+
+def _kmax_to_official(key: str) -> str:
+    from densepred.engine.mapping_kmax import rename_to_official
+
+    key = rename_to_official(key)
+    for official, ours in _KMAX_PREFIXES.items():
+        if key.startswith(ours):
+            return official + key.removeprefix(ours)
+    return key
+
+
+def _same(key: str) -> str:
+    return key
+
+
+_KMAX_PREFIXES = {
+    "backbone.": "encoder.",
+    "sem_seg_head.pixel_decoder.": "decoder.",
+    "sem_seg_head.predictor.": "head.",
+}
+
+_TORCHVISION = dict(
+    to_ours=_renamer(
+        (r"conv(\d)\.", r"stem.conv\1."),
+        (r"bn(\d)\.", r"stem.conv\1.norm."),
+        (r"layer(\d)\.(\d+)\.conv(\d)\.", _stage(1, "res", r".\2.conv\3.")),
+        (r"layer(\d)\.(\d+)\.bn(\d)\.", _stage(1, "res", r".\2.conv\3.norm.")),
+        (r"layer(\d)\.(\d+)\.downsample\.0\.", _stage(1, "res", r".\2.shortcut.")),
+        (r"layer(\d)\.(\d+)\.downsample\.1\.", _stage(1, "res", r".\2.shortcut.norm.")),
+    ),
+    to_official=_renamer(
+        (r"stem\.conv(\d)\.norm\.", r"bn\1."),
+        (r"stem\.conv(\d)\.", r"conv\1."),
+        (r"res(\d)\.(\d+)\.conv(\d)\.norm\.", _stage(-1, "layer", r".\2.bn\3.")),
+        (r"res(\d)\.(\d+)\.conv(\d)\.", _stage(-1, "layer", r".\2.conv\3.")),
+        (r"res(\d)\.(\d+)\.shortcut\.norm\.", _stage(-1, "layer", r".\2.downsample.1.")),
+        (r"res(\d)\.(\d+)\.shortcut\.", _stage(-1, "layer", r".\2.downsample.0.")),
+    ),
+    dropped=r"fc\..*",
+    fingerprint=(r"conv1\.weight", r"layer1\.0\.conv1\.weight"),
+)
+
+_SWIN_INDEX = r".*\.relative_position_index"
+_STAGE_NORMS = r"norm[0-3]\..*"
+_GATE = r"decoder\.gate\..*"
+_MASK2FORMER = dict(
+    to_ours=official_to_ours,
+    to_official=ours_to_official,
+    dropped=rf"criterion\.empty_weight|pixel_mean|pixel_std|{_SWIN_INDEX}",
+    encoder_only=False,
+)
+
+SOURCES = {
+    "kmax-deeplab": Source(
+        "a whole kMaX-DeepLab (PyTorch) checkpoint",
+        _kmax_to_ours,
+        _kmax_to_official,
+        dropped=r"criterion\..*|pixel_mean|pixel_std",
+        fingerprint=(r"backbone\.", r"sem_seg_head\.pixel_decoder\._in_norms\.", r"sem_seg_head\.predictor\._"),
+        encoder_only=False,
+    ),
+    "eco-m2f": Source(
+        "a whole ECO-M2F checkpoint: Mask2Former with a gate that picks the exit",
+        fingerprint=(r"sem_seg_head\.pixel_decoder\.transformer\.encoder\.gt\.head\.",),
+        **_MASK2FORMER,
+    ),
+    "mask2former": Source(
+        "a whole Mask2Former checkpoint",
+        fingerprint=(
+            r"backbone\.",
+            r"sem_seg_head\.(pixel_decoder\.)?transformer\.encoder\.layers\.",
+            r"sem_seg_head\.predictor\.transformer_cross_attention_layers\.",
+        ),
+        kept=_GATE,
+        **_MASK2FORMER,
+    ),
+    "transformers": Source(
+        "a whole Mask2FormerForUniversalSegmentation of Hugging Face's transformers",
+        transformers_to_ours,
+        ours_to_transformers,
+        dropped=rf"criterion\.empty_weight|{_SWIN_INDEX}|model\.pixel_level_module\.encoder\.(swin\.)?layernorm\..*",
+        fingerprint=(r"model\.pixel_level_module\.encoder\.", r"model\.transformer_module\.queries_features\."),
+        encoder_only=False,
+        kept=_GATE,
+        fused=r".*\.(attn\.qkv\.|self_attention\.attn\.in_proj_)(weight|bias)",
+    ),
+    "swin": Source(
+        "an official ImageNet Swin",
+        _same,
+        _same,
+        dropped=rf"(norm|head)\..*|.*\.attn_mask|{_SWIN_INDEX}",
+        fingerprint=(r"patch_embed\.proj\.weight", r"layers\.0\.blocks\.0\.attn\.qkv\.weight"),
+        kept=_STAGE_NORMS,
+    ),
+    "transformers-swin": Source(
+        "an ImageNet Swin of Hugging Face's transformers",
+        transformers_swin_to_ours,
+        ours_to_transformers_swin,
+        dropped=rf"(swin\.layernorm|classifier)\..*|{_SWIN_INDEX}",
+        fingerprint=(r"swin\.embeddings\.patch_embeddings\.", r"swin\.encoder\.layers\.0\.blocks\.0\.attention\."),
+        kept=_STAGE_NORMS,
+        fused=r".*\.attn\.qkv\.(weight|bias)",
+    ),
+    "torchvision-resnet": Source("an ImageNet ResNet of torchvision", **_TORCHVISION),
+    "timm-resnet": Source("an ImageNet ResNet of timm (torchvision's names)", **_TORCHVISION),
+    "detectron2-resnet": Source(
+        "an ImageNet ResNet in detectron2's layout",
+        _same,
+        _same,
+        dropped=r"(stem\.)?fc\..*",
+        fingerprint=(r"stem\.conv1\.weight", r"res2\.0\.conv1\.norm\.weight"),
+    ),
+    "convnext": Source(
+        "an official ImageNet ConvNeXt",
+        _same,
+        _same,
+        dropped=r"(norm|head)\..*",
+        fingerprint=(r"downsample_layers\.0\.0\.weight", r"stages\.0\.0\.dwconv\.weight"),
+    ),
+    "timm-convnext": Source(
+        "an ImageNet ConvNeXt of timm",
+        _renamer(
+            (r"stem\.", "downsample_layers.0."),
+            (r"stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
+            (r"stages\.(\d)\.blocks\.(\d+)\.conv_dw\.", r"stages.\1.\2.dwconv."),
+            (r"stages\.(\d)\.blocks\.(\d+)\.mlp\.fc(\d)\.", r"stages.\1.\2.pwconv\3."),
+            (r"stages\.(\d)\.blocks\.(\d+)\.", r"stages.\1.\2."),
+        ),
+        _renamer(
+            (r"downsample_layers\.0\.", "stem."),
+            (r"downsample_layers\.(\d)\.", r"stages.\1.downsample."),
+            (r"stages\.(\d)\.(\d+)\.dwconv\.", r"stages.\1.blocks.\2.conv_dw."),
+            (r"stages\.(\d)\.(\d+)\.pwconv(\d)\.", r"stages.\1.blocks.\2.mlp.fc\3."),
+            (r"stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+        ),
+        dropped=r"(norm_pre|head)\..*",
+        fingerprint=(r"stem\.0\.weight", r"stages\.0\.blocks\.0\.conv_dw\.weight"),
+    ),
+}
+"""The published formats by the names that ``--source`` takes."""
+
+
+def source_named(name: str) -> Source:
+    if name not in SOURCES:
+        raise ValueError(f"source={name!r}: unknown published format{nearest(name, SOURCES)}")
+    return SOURCES[name]
+
+
+def detect_source(keys: Iterable[str]) -> str | None:
+    """Return the name of the published format that keys look like, or None."""
+    keys = list(keys)
+    for name, source in SOURCES.items():
+        if all(any(re.match(pattern, key) for key in keys) for pattern in source.fingerprint):
+            return name
+    return None
