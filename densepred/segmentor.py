@@ -5,7 +5,7 @@ from mmengine.registry import DefaultScope
 from torch import Tensor
 
 from densepred.registry import MODELS, SCOPE
-from densepred.structures import SegSample
+from densepred.structures import Features, SegSample
 
 
 @MODELS.register_module()
@@ -68,14 +68,25 @@ class Segmentor(BaseModel):
         """
         if mode not in ("tensor", "loss", "predict"):
             raise ValueError(f"mode={mode!r}: Segmentor knows 'tensor', 'loss' and 'predict'")
-        outputs = self.head(self.decoder(self.encoder(inputs)))
-        if mode == "tensor":
-            return outputs
         if mode == "loss":
-            return self.head.loss(outputs, data_samples)
-        for sample, fields in zip(
-            data_samples, self.head.predict(outputs, [s.metainfo for s in data_samples]), strict=True
-        ):
+            return self.loss(inputs, data_samples)
+        if mode == "predict":
+            return self.predict(inputs, data_samples)
+        return self.head(self.features(inputs, data_samples))
+
+    def features(self, inputs: Tensor, data_samples: list[SegSample] | None) -> Features:
+        """Return what the head reads."""
+        return self.decoder(self.encoder(inputs))
+
+    def loss(self, inputs: Tensor, data_samples: list[SegSample]) -> dict[str, Tensor]:
+        """Return the training step's losses, and other scalars to log under names without "loss"."""
+        return self.head.loss(self.head(self.features(inputs, data_samples)), data_samples)
+
+    def predict(self, inputs: Tensor, data_samples: list[SegSample]) -> list[SegSample]:
+        """Return the samples with the head's ``pred_`` fields set."""
+        outputs = self.head(self.features(inputs, data_samples), deep_supervision=False)
+        metas = [sample.metainfo for sample in data_samples]
+        for sample, fields in zip(data_samples, self.head.predict(outputs, metas), strict=True):
             for name, value in fields.items():
                 sample.set_field(value, name)
         return data_samples
