@@ -2,5 +2,6 @@
 
 from densepred.encoders.convnext import ConvNeXt
 from densepred.encoders.resnet import ResNet
+from densepred.encoders.swin import SwinTransformer
 
-__all__ = ["ConvNeXt", "ResNet"]
+__all__ = ["ConvNeXt", "ResNet", "SwinTransformer"]
