@@ -1,6 +1,7 @@
 """Losses and matching: pure functions on tensors, and the modules that hold their numbers."""
 
 from densepred.losses.kmax import KMaXCriterion
+from densepred.losses.mask2former import Mask2FormerCriterion
 from densepred.losses.matcher import hungarian_match
 
-__all__ = ["KMaXCriterion", "hungarian_match"]
+__all__ = ["KMaXCriterion", "Mask2FormerCriterion", "hungarian_match"]
