@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from densepred.decoders.deformable import NUM_LEVELS, PointwiseConv, sine_positions
 from densepred.errors import nearest
+from densepred.heads.mask2former_inference import instance_inference, panoptic_inference, semantic_inference
 from densepred.registry import MODELS
 from densepred.structures import IGNORE_INDEX, Features, SegSample, segment_masks
 
@@ -72,7 +73,7 @@ class FeedForward(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.linear2(F.relu(self.linear1(x))))
+        return self.norm(x + self.linear2(self.linear1(x).relu_()))
 
 
 class Mask2FormerLayer(nn.Module):
@@ -286,8 +287,6 @@ class Mask2FormerHead(nn.Module):
         ]
 
     def _predict_image(self, logits: Tensor, masks: Tensor, shapes: list[tuple[int, int]]) -> dict:
-        from densepred.heads.mask2former_inference import instance_inference, panoptic_inference, semantic_inference
-
         results = {}
         if "panoptic" in self.tasks:
             results["pred_panoptic"] = panoptic_inference(
@@ -313,9 +312,9 @@ def _check_widths(level_channels: Sequence[int], embed_dim: int, num_heads: int)
             f"Mask2FormerHead reads {NUM_LEVELS} levels, coarse to fine; the decoder hands on {len(level_channels)}: "
             f"level_channels={list(level_channels)}"
         )
-    for name, divisor in (("num_heads", num_heads), ("4 (the position encoding's parts)", 4)):
+    for name, divisor in ((f"num_heads, {num_heads}", num_heads), ("4, which the position encoding needs", 4)):
         if embed_dim % divisor:
-            raise ValueError(f"Mask2FormerHead: embed_dim={embed_dim} is no multiple of {name}={divisor}")
+            raise ValueError(f"Mask2FormerHead: embed_dim={embed_dim} is no multiple of {name}")
 
 
 def _check_tasks(tasks: Sequence[str], thing_classes: Sequence[int] | None) -> None:
