@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from densepred.data.preprocessor import SegPreprocessor
-from densepred.structures import PanopticMap, SegSample
+from densepred.structures import InstanceData, PanopticMap, SegSample
 
 
 def sample(height: int, width: int) -> SegSample:
     made = SegSample(metainfo={"img_path": "x.jpg"})
     made.gt_panoptic = PanopticMap(torch.ones(height, width, dtype=torch.int64), [{"id": 1}])
     made.gt_semantic = torch.zeros(height, width, dtype=torch.int64)
+    made.gt_instances = InstanceData(labels=torch.zeros(2), masks=torch.ones(2, height, width, dtype=torch.bool))
     return made
 
 
@@ -32,6 +33,8 @@ def test_images_are_normalised_then_padded_with_zeros():
     assert first.gt_panoptic.ids.shape == (9, 7)
     assert first.gt_panoptic.ids.sum() == 5 * 6
     assert (first.gt_semantic == 255).sum() == 9 * 7 - 5 * 6
+    assert first.gt_instances.masks.shape == (2, 9, 7) and first.gt_instances.masks.dtype == torch.bool
+    assert first.gt_instances.masks.sum() == 2 * 5 * 6
     assert first.img_shape == (5, 6)
     assert first.pad_shape == (9, 7)
 
@@ -40,6 +43,12 @@ def test_targets_keep_their_size_in_evaluation():
     out = preprocessor(size_divisor=4)(batch((5, 6)))
     assert out["inputs"].shape == (1, 3, 8, 8)
     assert out["data_samples"][0].gt_panoptic.ids.shape == (5, 6)
+
+
+def test_no_instances_are_padded_too():
+    data = batch((5, 6))
+    data["data_samples"][0].gt_instances = InstanceData(labels=torch.zeros(0), masks=torch.zeros(0, 5, 6).bool())
+    assert preprocessor(size=(9, 7))(data, training=True)["data_samples"][0].gt_instances.masks.shape == (0, 9, 7)
 
 
 def test_padding_inside_the_image_is_zeroed():

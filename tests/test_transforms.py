@@ -12,9 +12,13 @@ from densepred.data.loading import LoadImage, LoadPanoptic
 from densepred.data.transforms import (
     Albumentations,
     PackSegInputs,
+    PadTo,
     Redraw,
+    ResizeShortEdge,
     ResizeToFit,
     ScaleJitter,
+    SemanticFromPanoptic,
+    ShortEdgeJitter,
     SSDColorJitter,
     nearest_index,
     resize,
@@ -74,6 +78,7 @@ def scene(seed=0):
         semantic=np.where(panoptic == 0, 255, panoptic).astype(np.uint8),
         padding=panoptic == 0,
         masks=panoptic == np.arange(1, 6)[:, None, None],
+        mask_labels=np.arange(1, 6),
         rng=np.random.default_rng(seed),
         ori_shape=panoptic.shape,
         img_shape=panoptic.shape,
@@ -92,16 +97,20 @@ def assert_consistent(results):
     assert np.abs(GREY[panoptic].astype(int) - img)[inside].max() < 20  # half of the smallest step between greys
     assert np.array_equal(results["semantic"], np.where(panoptic == 0, 255, panoptic))
     assert np.array_equal(results["padding"], panoptic == 0)
-    assert np.array_equal(results["masks"], panoptic == np.arange(1, 6)[:, None, None])
-    assert {s["id"] for s in results["segments"]} == set(np.unique(panoptic)) - {0}
+    assert np.array_equal(results["masks"], panoptic == results["mask_labels"][:, None, None])
+    visible = set(np.unique(panoptic)) - {0}
+    assert {s["id"] for s in results["segments"]} == set(results["mask_labels"].tolist()) == visible
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_labels_move_with_the_image(seed):
-    pipeline = [Albumentations(GEOMETRY), ScaleJitter((64, 72), (0.6, 1.6)), ResizeToFit((90, 90))]
+    jitters = [ScaleJitter((64, 72), (0.6, 1.6)), ShortEdgeJitter((50, 70, 120), 150, (60, 64))]
+    pipeline = [Albumentations(GEOMETRY), jitters[seed % 2], PadTo((64, 72), fill=0), ResizeToFit((90, 90))]
     results = scene(seed)
     for transform in pipeline:
         results = transform(results)
+        if isinstance(transform, PadTo):  # which leaves the padding of its own out of ``padding``
+            results["padding"] |= results["panoptic"] == 0
         assert_consistent(results)
 
 
@@ -121,9 +130,12 @@ def test_albumentations_transforms_draw_apart():
 
 
 def test_albumentations_without_instances_or_labels():
-    results = dict(img=np.zeros((8, 9, 3), np.uint8), masks=np.zeros((0, 8, 9), bool), rng=np.random.default_rng(0))
+    none = dict(masks=np.zeros((0, 8, 9), bool), mask_labels=np.zeros(0, np.int64))
+    results = dict(img=np.zeros((8, 9, 3), np.uint8), rng=np.random.default_rng(0), **none)
     results = Albumentations([dict(type="RandomCrop", height=4, width=5)])(results)
     assert results["img_shape"] == (4, 5) and results["masks"].shape == (0, 4, 5)
+    results = PadTo((20, 20))(ScaleJitter((6, 7))(results))
+    assert results["img_shape"] == (20, 20) and results["masks"].shape == (0, 20, 20)
 
 
 @pytest.mark.parametrize(
@@ -169,12 +181,15 @@ def test_nearest_index_is_that_of_an_rgb_image(old, new):
 @pytest.mark.parametrize("shape", [(61, 77), (301, 383)])
 def test_a_window_equals_the_crop_of_the_whole(shape):
     img = np.random.default_rng(0).integers(0, 256, (96, 120, 3), dtype=np.uint8)
-    labels = dict(panoptic=paint(np.random.default_rng(0))["panoptic"], segments=[])
-    whole, part = (dict(img=img, **labels) for _ in range(2))
+    panoptic = paint(np.random.default_rng(0))["panoptic"]
+    masks = dict(masks=panoptic == np.arange(1, 6)[:, None, None], mask_labels=np.arange(1, 6))
+    whole, part = (dict(img=img, panoptic=panoptic, segments=[], **masks) for _ in range(2))
     whole, part = resize(whole, shape), resize(part, shape, offset=(17, 5), window=(30, 50))
     difference = np.abs(whole["img"][17:47, 5:55].astype(int) - part["img"])
     assert difference.max() <= 2 and (difference > 0).mean() < 0.1
     assert np.array_equal(whole["panoptic"][17:47, 5:55], part["panoptic"])
+    assert np.array_equal(part["masks"], part["panoptic"] == part["mask_labels"][:, None, None])
+    assert set(part["mask_labels"].tolist()) == set(np.unique(part["panoptic"])) - {0}
 
 
 def test_scale_jitter_sizes():
@@ -185,6 +200,62 @@ def test_scale_jitter_sizes():
     assert heights.max() == 64 and widths.max() == 80
     assert heights.min() <= 16 and widths.min() <= 20  # ratio 0.25 and less
     assert 0.3 < np.mean(heights < 64) < 0.6  # 0.8 / 1.8 of the ratios shrink
+
+
+@pytest.mark.parametrize(
+    "shape, short_edge, max_size, expected",
+    [
+        ((480, 640), 800, 1333, (800, 1067)),  # 1066.67
+        ((427, 640), 800, 1333, (800, 1199)),
+        ((640, 427), 800, 1333, (1199, 800)),
+        ((333, 640), 800, 1333, (694, 1333)),  # the long side decides: 693.58
+        ((1024, 2048), 1024, 2048, (1024, 2048)),
+        ((1, 500), 8, 64, (1, 64)),  # 0.128 of a pixel
+        ((300, 300), 101, 300, (101, 101)),
+    ],
+)
+def test_resize_short_edge(shape, short_edge, max_size, expected):
+    img = np.zeros((*shape, 3), np.uint8)
+    assert ResizeShortEdge(short_edge, max_size)(dict(img=img))["img_shape"] == expected
+
+
+def test_short_edge_jitter_draws_all_lengths_and_places():
+    img = np.tile(np.arange(0, 240, 2, dtype=np.uint8)[None, :, None], (60, 1, 3))  # 60 x 120, brighter to the right
+    jitter = ShortEdgeJitter((30, 60, 90), 160, (40, 50))
+    shapes, starts = set(), []
+    for seed in range(60):
+        results = jitter(dict(img=img, rng=np.random.default_rng(seed)))
+        shapes.add(results["img_shape"])
+        starts.append(int(results["img"][0, 0, 0]))
+    assert shapes == {(30, 50), (40, 50)}
+    assert min(starts) < 10 and max(starts) > 130
+
+
+def test_pad_to():
+    results = scene()
+    before = dict(results)
+    results = PadTo((100, 130))(results)
+    assert results["img"].shape == (100, 130, 3) and results["img_shape"] == (100, 130)
+    assert np.array_equal(results["img"][:96, :120], before["img"])
+    for key, void in dict(img=128, panoptic=0, semantic=255, masks=False, padding=False).items():
+        rest = results[key] if key == "img" else np.moveaxis(np.atleast_3d(results[key].T), 0, 1)  # (H, W, ...)
+        assert (rest[96:] == void).all() and (rest[:, 120:] == void).all(), key
+    assert np.array_equal(results["masks"][:, :96, :120], before["masks"])
+    assert PadTo((100, 130), fill=7)(scene())["img"][-1, -1].tolist() == [7, 7, 7]
+    with pytest.raises(ValueError, match=r"PadTo\(size=\(96, 100\)\) got an image of 96 x 120 \(a\.png\); crop"):
+        PadTo((96, 100))(scene())
+
+
+def test_semantic_from_panoptic():
+    results = scene()
+    results["segments"] = [dict(s, id=s["id"]) for s in results["segments"]]
+    panoptic = results["panoptic"]
+    expected = np.array([255, 1, 2, 0, 1, 2])[panoptic]  # label = number % 3, the crowd too
+    results = SemanticFromPanoptic()(results)
+    assert np.array_equal(results["semantic"], expected) and results["semantic"].dtype == np.uint8
+    assert "panoptic" not in results and "segments" not in results
+    void = SemanticFromPanoptic()(dict(panoptic=np.zeros((2, 3), np.uint16), segments=[]))
+    assert (void["semantic"] == 255).all()
 
 
 def reference_color_jitter(img, brightness, contrast, saturation, hue, contrast_first):
@@ -282,6 +353,21 @@ def test_pack():
     assert sample.gt_panoptic.segments == results["segments"]
     assert np.array_equal(sample.gt_semantic, results["semantic"]) and sample.gt_semantic.dtype == torch.int64
     assert np.array_equal(sample.padding, results["padding"])
+
+
+def test_pack_instances():
+    masks = np.zeros((4, 96, 120), bool)
+    masks[0, 3:5, 7:20] = masks[2, 90:, 110:] = masks[3, 0, 0] = True
+    results = dict(scene(), masks=masks, mask_labels=np.array([5, 6, 7, 5]))
+    found = PackSegInputs()(results)["data_samples"].gt_instances
+    assert found.labels.tolist() == [5, 7, 5] and found.labels.dtype == torch.int64
+    assert found.bboxes.tolist() == [[7, 3, 20, 5], [110, 90, 120, 96], [0, 0, 1, 1]]
+    assert found.bboxes.dtype == torch.float32 and found.masks.dtype == torch.bool
+    assert np.array_equal(found.masks, masks[[0, 2, 3]])
+    for count in (0, 1):  # no instance, and none with a pixel
+        results = dict(scene(), masks=masks[1 : 1 + count], mask_labels=np.array([6][:count]))
+        found = PackSegInputs()(results)["data_samples"].gt_instances
+        assert len(found) == 0 and found.masks.shape == (0, 96, 120) and found.bboxes.shape == (0, 4)
 
 
 def test_pack_of_a_bare_image():

@@ -1,27 +1,52 @@
 """Data sets, transforms and the preprocessor."""
 
-from densepred.data.ade20k import ADE20KPanoptic
-from densepred.data.cityscapes import CityscapesPanoptic
+from densepred.data.ade20k import ADE20KPanoptic, ADE20KSemantic
+from densepred.data.cityscapes import CityscapesInstances, CityscapesPanoptic, CityscapesSemantic
 from densepred.data.coco import CocoPanoptic
 from densepred.data.copy_paste import CopyPaste
-from densepred.data.loading import LoadImage, LoadPanoptic
+from densepred.data.derived import GateDataset, LoadIdealDepth
+from densepred.data.instances import CocoInstances, LoadInstances
+from densepred.data.loading import LoadImage, LoadPanoptic, LoadSemantic
 from densepred.data.preprocessor import SegPreprocessor
 from densepred.data.sampler import SeekableSampler
-from densepred.data.transforms import Albumentations, PackSegInputs, Redraw, ResizeToFit, ScaleJitter, SSDColorJitter
+from densepred.data.transforms import (
+    Albumentations,
+    PackSegInputs,
+    PadTo,
+    Redraw,
+    ResizeShortEdge,
+    ResizeToFit,
+    ScaleJitter,
+    SemanticFromPanoptic,
+    ShortEdgeJitter,
+    SSDColorJitter,
+)
 
 __all__ = [
     "ADE20KPanoptic",
+    "ADE20KSemantic",
     "Albumentations",
+    "CityscapesInstances",
     "CityscapesPanoptic",
+    "CityscapesSemantic",
+    "CocoInstances",
     "CocoPanoptic",
     "CopyPaste",
+    "GateDataset",
+    "LoadIdealDepth",
     "LoadImage",
+    "LoadInstances",
     "LoadPanoptic",
+    "LoadSemantic",
     "PackSegInputs",
+    "PadTo",
     "Redraw",
+    "ResizeShortEdge",
     "ResizeToFit",
     "SSDColorJitter",
     "ScaleJitter",
     "SeekableSampler",
     "SegPreprocessor",
+    "SemanticFromPanoptic",
+    "ShortEdgeJitter",
 ]

@@ -1,4 +1,4 @@
-"""ADE20K panoptic segmentation, and the conversion of its label files."""
+"""ADE20K: panoptic and semantic segmentation, and the conversion of its label files."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -9,9 +9,12 @@ import numpy as np
 
 from densepred.data.class_tables import ADE20K, metainfo
 from densepred.data.dataset import SegDataset
-from densepred.data.panoptic_json import panoptic_records, require_files
+from densepred.data.files import paired_files, require_files
+from densepred.data.loading import label_table
+from densepred.data.panoptic_json import panoptic_records
 from densepred.data.prepare import categories_json, convert, read_labels, segments_info, write_json, write_panoptic_png
 from densepred.registry import DATASETS
+from densepred.structures import IGNORE_INDEX
 
 FOLDERS = {"train": "training", "val": "validation"}
 THINGS = tuple(category for category, _, isthing, _ in ADE20K if isthing)
@@ -48,8 +51,7 @@ class ADE20KPanoptic(SegDataset):
         test_mode: bool = False,
         lazy_init: bool = False,
     ) -> None:
-        if split not in FOLDERS:
-            raise ValueError(f"split {split!r} of ADE20K: choose one of {', '.join(FOLDERS)}")
+        _require_split(split)
         self.split = split
         self.panoptic_json = ann_file or f"ade20k_panoptic_{split}.json"
         super().__init__(data_root, pipeline, seed, indices, filter_empty, skip_damaged, test_mode, lazy_init)
@@ -70,6 +72,46 @@ class ADE20KPanoptic(SegDataset):
         require_files((record["img_path"] for record in records), "image", self.ann_file)
         require_files((record["panoptic_path"] for record in records), "panoptic PNG", self.ann_file)
         return records
+
+
+@DATASETS.register_module()
+class ADE20KSemantic(SegDataset):
+    """ADE20K's 150-class scene parsing benchmark, read from its files as they come: 0 is ignored, k is class k - 1.
+
+    Args:
+        data_root: folder ``ADEChallengeData2016``, see `densepred.data.dataset.resolve_data_root`.
+        split: ``train`` or ``val``.
+        pipeline, seed, indices, skip_damaged, test_mode, lazy_init: see `SegDataset`.
+    """
+
+    METAINFO = metainfo(ADE20K)
+    COMMON = {"semantic_table": label_table({0: IGNORE_INDEX} | {label + 1: label for label in range(len(ADE20K))})}
+
+    def __init__(
+        self,
+        data_root: str,
+        split: str,
+        pipeline: Sequence[dict | Callable] = (),
+        seed: int = 0,
+        indices: int | Sequence[int] | None = None,
+        skip_damaged: bool = False,
+        test_mode: bool = False,
+        lazy_init: bool = False,
+    ) -> None:
+        _require_split(split)
+        self.split = split
+        super().__init__(data_root, pipeline, seed, indices, False, skip_damaged, test_mode, lazy_init)
+
+    def load_data_list(self) -> list[dict]:
+        """Return records with ``semantic_path``, all files found."""
+        images, labels = (os.path.join(self.data_root, part, FOLDERS[self.split]) for part in ("images", "annotations"))
+        files = paired_files(images, ".jpg", labels, ".png")
+        return [{"img_path": image, "img_id": name, "semantic_path": label} for name, image, label in files]
+
+
+def _require_split(split: str) -> None:
+    if split not in FOLDERS:
+        raise ValueError(f"split {split!r} of ADE20K: choose one of {', '.join(FOLDERS)}")
 
 
 def panoptic_from_labels(semantic: np.ndarray, instances: np.ndarray | None) -> tuple[np.ndarray, list[dict]]:

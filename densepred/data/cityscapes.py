@@ -1,4 +1,4 @@
-"""Cityscapes panoptic segmentation, and the conversion of its label files."""
+"""Cityscapes: panoptic, instance and semantic segmentation, and the conversion of its label files."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -9,9 +9,13 @@ import numpy as np
 
 from densepred.data.class_tables import CITYSCAPES, metainfo
 from densepred.data.dataset import SegDataset
-from densepred.data.panoptic_json import panoptic_records, require_files
+from densepred.data.files import paired_files, require_files
+from densepred.data.instances import NO_OBJECT
+from densepred.data.loading import label_table
+from densepred.data.panoptic_json import panoptic_records
 from densepred.data.prepare import categories_json, convert, read_labels, segments_info, write_json, write_panoptic_png
 from densepred.registry import DATASETS
+from densepred.structures import IGNORE_INDEX
 
 LABEL_SUFFIX = "_gtFine_instanceIds.png"
 NUM_LABEL_IDS = 34
@@ -71,6 +75,88 @@ class CityscapesPanoptic(SegDataset):
         require_files((record["img_path"] for record in records), "image", self.ann_file)
         require_files((record["panoptic_path"] for record in records), "panoptic PNG", self.ann_file)
         return records
+
+
+@DATASETS.register_module()
+class CityscapesInstances(SegDataset):
+    """Cityscapes' instance segmentation with fine labels, 8 classes, read from its instanceIds files as they come.
+
+    Groups of objects are no objects; images without object are kept (0.3 % of the training images).
+
+    Args:
+        data_root: folder with ``leftImg8bit/`` and ``gtFine/``, see `densepred.data.dataset.resolve_data_root`.
+        split: ``train``, ``val`` or ``test``.
+        pipeline, seed, indices, skip_damaged, test_mode, lazy_init: see `SegDataset`.
+    """
+
+    METAINFO = metainfo(tuple(row for row in CITYSCAPES if row[2]))
+    COMMON = {
+        "instance_table": label_table(
+            dict.fromkeys(range(NUM_LABEL_IDS), NO_OBJECT)
+            | {category: label for label, category in enumerate(METAINFO["category_ids"])}
+        )
+    }
+
+    def __init__(
+        self,
+        data_root: str,
+        split: str,
+        pipeline: Sequence[dict | Callable] = (),
+        seed: int = 0,
+        indices: int | Sequence[int] | None = None,
+        skip_damaged: bool = False,
+        test_mode: bool = False,
+        lazy_init: bool = False,
+    ) -> None:
+        self.split = split
+        super().__init__(data_root, pipeline, seed, indices, False, skip_damaged, test_mode, lazy_init)
+
+    def load_data_list(self) -> list[dict]:
+        """Return records with ``instance_path``, all files found."""
+        return _label_records(self.data_root, self.split, LABEL_SUFFIX, "instance_path")
+
+
+@DATASETS.register_module()
+class CityscapesSemantic(SegDataset):
+    """Cityscapes' semantic segmentation with fine labels, 19 classes, read from its labelIds files as they come.
+
+    Args:
+        data_root: folder with ``leftImg8bit/`` and ``gtFine/``, see `densepred.data.dataset.resolve_data_root`.
+        split: ``train``, ``val`` or ``test``.
+        pipeline, seed, indices, skip_damaged, test_mode, lazy_init: see `SegDataset`.
+    """
+
+    METAINFO = metainfo(CITYSCAPES)
+    COMMON = {
+        "semantic_table": label_table(
+            dict.fromkeys(range(NUM_LABEL_IDS), IGNORE_INDEX)
+            | {category: label for label, category in enumerate(METAINFO["category_ids"])}
+        )
+    }
+
+    def __init__(
+        self,
+        data_root: str,
+        split: str,
+        pipeline: Sequence[dict | Callable] = (),
+        seed: int = 0,
+        indices: int | Sequence[int] | None = None,
+        skip_damaged: bool = False,
+        test_mode: bool = False,
+        lazy_init: bool = False,
+    ) -> None:
+        self.split = split
+        super().__init__(data_root, pipeline, seed, indices, False, skip_damaged, test_mode, lazy_init)
+
+    def load_data_list(self) -> list[dict]:
+        """Return records with ``semantic_path``, all files found."""
+        return _label_records(self.data_root, self.split, "_gtFine_labelIds.png", "semantic_path")
+
+
+def _label_records(root: str, split: str, label_suffix: str, key: str) -> list[dict]:
+    images, labels = (os.path.join(root, folder, split) for folder in ("leftImg8bit", "gtFine"))
+    files = paired_files(images, "_leftImg8bit.png", labels, label_suffix)
+    return [{"img_path": image, "img_id": name, key: label} for name, image, label in files]
 
 
 def panoptic_from_instance_ids(instance_ids: np.ndarray) -> tuple[np.ndarray, list[dict]]:

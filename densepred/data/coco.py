@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 
 from densepred.data.class_tables import COCO_PANOPTIC, metainfo
 from densepred.data.dataset import SegDataset
-from densepred.data.panoptic_json import categories_of, panoptic_records, require_files
+from densepred.data.files import require_files
+from densepred.data.panoptic_json import categories_of, panoptic_records
 from densepred.registry import DATASETS
 
 

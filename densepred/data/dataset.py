@@ -28,7 +28,7 @@ class SegDataset(BaseDataset):
         pipeline: transforms, built or as configs.
         seed: of all randomness in the pipeline.
         indices: use only the first (n > 0) or last (n < 0) images, or those at the given positions.
-        filter_empty: in training, leave out images without any segment that is no crowd.
+        filter_empty: in training, leave out images without any object that is no crowd.
         skip_damaged: in training, take the next image when one cannot be read, and report the file once; else stop.
         test_mode: evaluation: nothing is filtered or skipped.
         lazy_init: load the annotations at the first use.
@@ -37,6 +37,10 @@ class SegDataset(BaseDataset):
     METAINFO = {"classes": (), "palette": (), "isthing": (), "category_ids": ()}
     PREPARE = ""
     """The command that prepares or verifies the data, for messages."""
+    OBJECTS = "segments_info"
+    """Under which key a record lists its annotated objects (dicts with ``iscrowd``)."""
+    COMMON: dict = {}
+    """What the results of every image have beside its own record."""
 
     def __init__(
         self,
@@ -77,7 +81,7 @@ class SegDataset(BaseDataset):
         if not records:
             raise ValueError(f"{self.source} has no annotated image; choose another annotation file or split")
         if self.filter_empty and not self.test_mode:
-            records = [record for record in records if not all(s["iscrowd"] for s in record["segments_info"])]
+            records = [record for record in records if not all(o["iscrowd"] for o in record[self.OBJECTS])]
         records = _subset(records, self.indices)
         if not records:
             raise ValueError(
@@ -85,6 +89,10 @@ class SegDataset(BaseDataset):
                 "change these keys of the data set"
             )
         return records
+
+    def get_data_info(self, index: int) -> dict:
+        """Return the record of an image, with what all have in common."""
+        return {**self.COMMON, **super().get_data_info(index)}
 
     @property
     def source(self) -> str:

@@ -72,6 +72,47 @@ def read_panoptic(path: str | Path) -> np.ndarray:
     return padded.view("<u4")[..., 0]  # (H, W)
 
 
+def read_label_map(path: str | Path) -> np.ndarray:
+    """Read a label map of one channel as (H, W) uint8 or uint16; of a palette image the indices are the labels.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedImageError: the file is empty, truncated, no image or has several channels.
+    """
+    image, _ = _decode(_read_bytes(path, "label map"), path, "label map")
+    labels = np.asarray(image)
+    if labels.ndim != 2 or labels.dtype not in (bool, np.uint8, np.uint16):
+        raise DamagedImageError(
+            f"label map {path} has mode {image.mode}; it should hold one label a pixel: write it again with one channel "
+            "of 8 or 16 bits"
+        )
+    return labels.astype(np.uint8) if labels.dtype == bool else labels
+
+
+def label_table(classes: dict[int, int]) -> np.ndarray:
+    """Return (256,) int16: stored label -> class (255 = ignore), -1 for labels that the files may not hold."""
+    table = np.full(256, -1, np.int16)
+    table[list(classes)] = list(classes.values())
+    return table
+
+
+def look_up(labels: np.ndarray, table: np.ndarray, path: str) -> np.ndarray:
+    """Return the classes (uint8) of stored labels of any shape by a `label_table`.
+
+    Raises:
+        DamagedImageError: a label that the table does not know.
+    """
+    classes = cv2.LUT(labels.astype(np.uint8), table).reshape(labels.shape)
+    unknown = labels[(classes < 0) | (labels > 255)]
+    if len(unknown):
+        known = np.flatnonzero(table >= 0)
+        raise DamagedImageError(
+            f"label map {path} holds the labels {_listing(np.unique(unknown))}, which the data set does not have (it has "
+            f"{len(known)} from {known[0]} to {known[-1]}); is it a file of another data set, or converted already?"
+        )
+    return classes.astype(np.uint8)
+
+
 def _read_bytes(path: str | Path, what: str) -> bytes:
     try:
         data = Path(path).read_bytes()
@@ -139,8 +180,7 @@ class LoadPanoptic(BaseTransform):
     def transform(self, results: dict) -> dict:
         path = results["panoptic_path"]
         ids = read_panoptic(path)
-        if ids.shape != tuple(results["ori_shape"]):
-            raise DamagedImageError(_size_clash(ids.shape, results))
+        require_size(ids.shape, path, results)
         # Ids are below 2^24; the pages of this table that no id touches are never allocated.
         table = np.zeros(1 << 24, np.uint16)
         infos = results["segments_info"]
@@ -160,20 +200,42 @@ class LoadPanoptic(BaseTransform):
         return results
 
 
+@TRANSFORMS.register_module()
+class LoadSemantic(BaseTransform):
+    """Read ``semantic_path`` into ``semantic`` (H, W) uint8, contiguous classes, 255 = ignore.
+
+    The data set's ``semantic_table``, a `label_table`, translates what the file stores. The map has the size of the file,
+    also after a resize of the image: training pipelines load it before.
+
+    Raises:
+        DamagedImageError: the file holds labels that the table does not know, or is not of the photo's size.
+    """
+
+    def transform(self, results: dict) -> dict:
+        path = results["semantic_path"]
+        labels = read_label_map(path)
+        require_size(labels.shape, path, results)
+        results["semantic"] = look_up(labels, results["semantic_table"], path)  # (H, W)
+        return results
+
+
 def _listing(values: np.ndarray) -> str:
     return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
 
 
-def _size_clash(label_shape: tuple[int, int], results: dict) -> str:
+def require_size(shape: tuple[int, int], source: str, results: dict) -> None:
+    """Raise DamagedImageError unless labels of this (H, W), from the file ``source``, are of the photo's size."""
     height, width = results["ori_shape"]
+    if tuple(shape) == (height, width):
+        return
     message = (
-        f"label map {results['panoptic_path']} is {label_shape[0]} x {label_shape[1]} (height x width), but its image "
-        f"{results['img_path']} is {height} x {width}"
+        f"label map {source} is {shape[0]} x {shape[1]} (height x width), but its image {results['img_path']} is "
+        f"{height} x {width}"
     )
     orientation = _orientation(Image.open(results["img_path"]))
-    if label_shape == (width, height) and orientation >= 5:
-        return (
+    if tuple(shape) == (width, height) and orientation >= 5:
+        raise DamagedImageError(
             f"{message} once its EXIF orientation ({orientation}) is applied; the labels were drawn on the pixels as "
             "stored: remove the orientation tag from the image (exiftool -Orientation= FILE)"
         )
-    return f"{message}; the two do not belong together: prepare the annotation again"
+    raise DamagedImageError(f"{message}; the two do not belong together: prepare the annotation again")

@@ -5,21 +5,26 @@ Everything the JSON alone can tell is checked here, before any training starts.
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from densepred.data.class_tables import Category
 
-RECORD_KEYS = {
+RECORDS = {
     "images": ("id", "file_name"),
     "annotations": ("image_id", "file_name", "segments_info"),
-    "categories": ("id", "name", "isthing", "color"),
 }
+CATEGORIES = {"categories": ("id", "name", "isthing", "color")}
 SEGMENT_KEYS = ("id", "category_id")
 
 
-def read_panoptic_json(path: str, lists: Iterable[str] = ("images", "annotations")) -> dict:
-    """Return the parsed file after checking that the named lists are there and that their records have their keys.
+def read_lists(path: str, keys: dict[str, tuple[str, ...]], form: str) -> dict:
+    """Return the parsed file after checking that the lists are there and that their records have their keys.
+
+    Args:
+        path: the JSON file.
+        keys: name of each list and the keys of its records.
+        form: name of the format, for messages.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -31,18 +36,18 @@ def read_panoptic_json(path: str, lists: Iterable[str] = ("images", "annotations
         content = json.loads(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); if its download broke off, fetch it again") from None
-    for name in lists:
+    for name in keys:
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
-            raise ValueError(f"{path} has no list {name!r}: it is not an annotation in the COCO panoptic format")
+            raise ValueError(f"{path} has no list {name!r}: it is not an annotation in the COCO {form} format")
         for position, record in enumerate(content[name]):
-            _require_keys(record, RECORD_KEYS[name], f"{path}: {name}[{position}]")
+            require_keys(record, keys[name], f"{path}: {name}[{position}]")
     return content
 
 
 def categories_of(path: str) -> tuple[Category, ...]:
     """Return the class table that the file itself carries: things first, then stuff, each by ascending id."""
-    records = read_panoptic_json(path, ["categories"])["categories"]
-    _require_unique([record["id"] for record in records], path, "category id")
+    records = read_lists(path, CATEGORIES, "panoptic")["categories"]
+    require_unique([record["id"] for record in records], path, "category id")
     if not records:
         raise ValueError(f"{path}: the list 'categories' is empty, so there are no classes to learn")
     records = sorted(records, key=lambda record: (not record["isthing"], record["id"]))
@@ -66,9 +71,9 @@ def panoptic_records(path: str, panoptic_dir: str, image_path: Callable[[dict], 
     Raises:
         ValueError: ids that occur twice, a category outside the class table, an annotation of an unlisted image.
     """
-    content = read_panoptic_json(path)
-    _require_unique([image["id"] for image in content["images"]], path, "image id")
-    _require_unique([annotation["image_id"] for annotation in content["annotations"]], path, "annotated image id")
+    content = read_lists(path, RECORDS, "panoptic")
+    require_unique([image["id"] for image in content["images"]], path, "image id")
+    require_unique([annotation["image_id"] for annotation in content["annotations"]], path, "annotated image id")
     images = {image["id"]: image for image in content["images"]}
     labels = {category: label for label, category in enumerate(metainfo["category_ids"])}
     records = []
@@ -86,36 +91,12 @@ def panoptic_records(path: str, panoptic_dir: str, image_path: Callable[[dict], 
     return records
 
 
-def require_files(paths: Iterable[str], what: str, named_by: str) -> None:
-    """Raise FileNotFoundError naming the first absent file and their number; lists each folder once."""
-    paths = list(paths)
-    present = {folder: _entries(folder) for folder in {os.path.dirname(path) for path in paths}}
-    missing = [path for path in paths if os.path.basename(path) not in present[os.path.dirname(path)]]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(paths)} {what} files that {named_by} names are missing, the first is "
-            f"{missing[0]}; see datasets/README.md for the layout"
-        )
-
-
-def _entries(folder: str) -> set[str]:
-    if not os.path.isdir(folder):
-        return set()
-    with os.scandir(folder) as entries:
-        return {entry.name for entry in entries}
-
-
 def _segments(annotation: dict, path: str, labels: dict[int, int], isthing: tuple[bool, ...]) -> list[dict]:
     where = f"{path}: image {annotation['file_name']}"
     segments = []
     for position, segment in enumerate(annotation["segments_info"]):
-        _require_keys(segment, SEGMENT_KEYS, f"{where}: segments_info[{position}]")
-        label = labels.get(segment["category_id"])
-        if label is None:
-            raise ValueError(
-                f"{where}: segment {segment['id']} has category id {segment['category_id']!r}, which is none of the "
-                f"{len(labels)} ids of the class table; take the data set class of this file, or classes_from_file=True"
-            )
+        require_keys(segment, SEGMENT_KEYS, f"{where}: segments_info[{position}]")
+        label = label_of(segment["category_id"], labels, f"{where}: segment {segment['id']}")
         segments.append(
             {
                 "id": segment["id"],
@@ -125,19 +106,31 @@ def _segments(annotation: dict, path: str, labels: dict[int, int], isthing: tupl
                 "area": segment.get("area", 0),
             }
         )
-    _require_unique([segment["id"] for segment in segments], where, "segment id")
+    require_unique([segment["id"] for segment in segments], where, "segment id")
     if any(segment["id"] == 0 for segment in segments):
         raise ValueError(f"{where}: a segment has id 0, which is void in the panoptic format; number them from 1")
     return segments
 
 
-def _require_keys(record: object, keys: tuple[str, ...], where: str) -> None:
+def label_of(category: object, labels: dict[int, int], where: str) -> int:
+    """Return the contiguous class of a category id; ValueError if the class table has none."""
+    if category not in labels:
+        raise ValueError(
+            f"{where} has category id {category!r}, which is none of the {len(labels)} ids of the class table; take the "
+            "data set class of this file, or classes_from_file=True"
+        )
+    return labels[category]
+
+
+def require_keys(record: object, keys: tuple[str, ...], where: str) -> None:
+    """Raise ValueError unless the record is a dict with these keys."""
     for key in keys:
         if not isinstance(record, dict) or key not in record:
             raise ValueError(f"{where} lacks the key {key!r}")
 
 
-def _require_unique(ids: list, where: str, what: str) -> None:
+def require_unique(ids: list, where: str, what: str) -> None:
+    """Raise ValueError naming the first value that occurs twice."""
     seen = set()
     for value in ids:
         if value in seen:

@@ -1,13 +1,13 @@
 """Transforms between loading and the model; every random number comes from ``results["rng"]``.
 
 Label maps that move with the image, all optional: ``panoptic`` (void 0), ``semantic`` (void 255), ``padding`` (True
-where the image holds no pixels of any photo, set by `CopyPaste`) and ``masks`` (N, H, W).
+where the image holds no pixels of any photo, set by `CopyPaste`) and ``masks`` (N, H, W) bool with ``mask_labels`` (N,).
 """
 
 import inspect
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -18,9 +18,10 @@ from PIL import Image
 
 from densepred.errors import nearest
 from densepred.registry import TRANSFORMS
-from densepred.structures import PanopticMap, SegSample
+from densepred.structures import IGNORE_INDEX, InstanceData, PanopticMap, SegSample
 
-LABEL_KEYS = ("panoptic", "semantic", "padding", "masks")
+VOID = {"panoptic": 0, "semantic": IGNORE_INDEX, "padding": False, "masks": False}
+"""The label maps, and what stands where they know nothing."""
 
 Transform = Callable[[dict], dict]
 
@@ -45,11 +46,15 @@ def draw_image(results: dict) -> dict:
 
 
 def drop_vanished(results: dict) -> dict:
-    """Remove the segments without a pixel in ``panoptic``; the ids of the others stay."""
+    """Remove the segments without a pixel in ``panoptic`` (the ids of the others stay) and the masks without a pixel."""
     if "panoptic" in results:
         largest = max((s["id"] for s in results["segments"]), default=0)
         areas = np.bincount(results["panoptic"].ravel(), minlength=largest + 1)
         results["segments"] = [s for s in results["segments"] if areas[s["id"]]]
+    if "masks" in results:
+        visible = results["masks"].any(axis=(1, 2))
+        if not visible.all():
+            results["masks"], results["mask_labels"] = results["masks"][visible], results["mask_labels"][visible]
     return results
 
 
@@ -82,10 +87,51 @@ def resize(
     results["img_shape"] = (rows, columns)
     ys = nearest_index(height, shape[0])[top : top + rows]
     xs = nearest_index(width, shape[1])[left : left + columns]
-    for key in LABEL_KEYS:
+    for key in VOID:
         if key in results:
-            results[key] = np.take(np.take(results[key], ys, axis=-2), xs, axis=-1)  # (..., rows, columns)
+            results[key] = _take_masks(results[key], ys, xs) if key == "masks" else _take(results[key], ys, xs)
     return drop_vanished(results)
+
+
+def _take(labels: np.ndarray, ys: np.ndarray, xs: np.ndarray) -> np.ndarray:
+    """Return ``labels[ys[:, None], xs]`` for ascending indices; the axis that shrinks goes first."""
+    labels = labels[ys[0] : ys[-1] + 1]
+    if len(ys) < len(labels):
+        return np.take(np.take(labels, ys - ys[0], 0), xs, 1)
+    return np.take(np.take(labels, xs, 1), ys - ys[0], 0)  # (len(ys), len(xs))
+
+
+def _take_masks(masks: np.ndarray, ys: np.ndarray, xs: np.ndarray) -> np.ndarray:
+    """Return ``masks[:, ys[:, None], xs]`` for ascending indices, reading and writing no more than each mask's box."""
+    taken = np.zeros((len(masks), len(ys), len(xs)), bool)
+    for source, target in zip(masks, taken, strict=True):
+        x, y, width, height = cv2.boundingRect(source.view(np.uint8))
+        top, bottom = np.searchsorted(ys, (y, y + height))
+        left, right = np.searchsorted(xs, (x, x + width))
+        if top < bottom and left < right:
+            target[top:bottom, left:right] = _take(source, ys[top:bottom], xs[left:right])
+    return taken
+
+
+def resize_and_crop(results: dict, shape: tuple[int, int], size: tuple[int, int]) -> dict:
+    """Resize to ``shape`` and keep a window of at most ``size`` (H, W) at a uniformly random place."""
+    rng: Generator = results["rng"]
+    window = min(shape[0], size[0]), min(shape[1], size[1])
+    offset = int(rng.integers(shape[0] - window[0] + 1)), int(rng.integers(shape[1] - window[1] + 1))
+    return resize(results, shape, offset, window)
+
+
+def short_edge_shape(height: int, width: int, short_edge: int, max_size: int) -> tuple[int, int]:
+    """Return (H, W) with the short side at ``short_edge``, or with the long one at ``max_size`` if that is smaller.
+
+    The order of the operations is detectron2's, whose rounding it decides.
+    """
+    scale = short_edge / min(height, width)
+    sides = [float(short_edge), scale * max(height, width)]
+    if sides[1] > max_size:
+        sides = [side * (max_size / sides[1]) for side in sides]
+    short, long = (max(int(side + 0.5), 1) for side in sides)
+    return (short, long) if height < width else (long, short)
 
 
 @TRANSFORMS.register_module()
@@ -109,8 +155,10 @@ class ResizeToFit(BaseTransform):
 class ScaleJitter(BaseTransform):
     """Fit into a randomly scaled box, then crop at random to at most the box itself (large-scale jitter).
 
-    Smaller results stay unpadded: the preprocessor pads after normalisation. The reference mapper jitters the colours
-    between resize and crop; colours change pixel by pixel, so that doing it after the crop gives the same at less cost.
+    Smaller results stay unpadded: `PadTo` pads before the normalisation, else the preprocessor does after it. kMaX's
+    mapper jitters the colours between resize and crop; colours change pixel by pixel, so that doing it after the crop
+    gives the same at less cost. detectron2's FixedSizeCrop, which Mask2Former takes on COCO, draws one number for both
+    axes, so that its crops lie on the diagonal; here both are drawn.
 
     Args:
         size: (H, W) of the box in pixels.
@@ -121,13 +169,106 @@ class ScaleJitter(BaseTransform):
         self.size, self.ratio_range = size, ratio_range
 
     def transform(self, results: dict) -> dict:
-        rng: Generator = results["rng"]
         height, width = results["img"].shape[:2]
-        scale = rng.uniform(*self.ratio_range) * min(self.size[0] / height, self.size[1] / width)
+        scale = results["rng"].uniform(*self.ratio_range) * min(self.size[0] / height, self.size[1] / width)
         shape = max(round(height * scale), 1), max(round(width * scale), 1)
-        window = min(shape[0], self.size[0]), min(shape[1], self.size[1])
-        offset = int(rng.integers(shape[0] - window[0] + 1)), int(rng.integers(shape[1] - window[1] + 1))
-        return resize(results, shape, offset, window)
+        return resize_and_crop(results, shape, self.size)
+
+
+@TRANSFORMS.register_module()
+class ShortEdgeJitter(BaseTransform):
+    """Scale the short side to a random one of some lengths, then crop at random: detectron2's augmentation of crops.
+
+    Smaller results stay unpadded, see `PadTo`.
+
+    Args:
+        short_edges: lengths of the short side in pixels, all equally likely.
+        max_size: limit of the long side in pixels.
+        crop_size: (H, W) of the crop.
+    """
+
+    def __init__(self, short_edges: Sequence[int], max_size: int, crop_size: tuple[int, int]) -> None:
+        self.short_edges, self.max_size, self.crop_size = list(short_edges), max_size, crop_size
+
+    def transform(self, results: dict) -> dict:
+        short_edge = self.short_edges[int(results["rng"].integers(len(self.short_edges)))]
+        shape = short_edge_shape(*results["img"].shape[:2], short_edge, self.max_size)
+        return resize_and_crop(results, shape, self.crop_size)
+
+
+@TRANSFORMS.register_module()
+class ResizeShortEdge(BaseTransform):
+    """Scale the short side to a length, but the long side to no more than a limit: a test-time resize.
+
+    Args:
+        short_edge: length of the short side in pixels.
+        max_size: limit of the long side in pixels.
+    """
+
+    def __init__(self, short_edge: int, max_size: int) -> None:
+        self.short_edge, self.max_size = short_edge, max_size
+
+    def transform(self, results: dict) -> dict:
+        return resize(results, short_edge_shape(*results["img"].shape[:2], self.short_edge, self.max_size))
+
+
+@TRANSFORMS.register_module()
+class PadTo(BaseTransform):
+    """Pad right and bottom to a size, the image with grey, labels with void.
+
+    Mask2Former's models were trained on images padded before the normalisation; ``padding``, which the preprocessor
+    zeroes after it, does therefore not grow.
+
+    Args:
+        size: (H, W) in pixels.
+        fill: grey value of the padding, 0..255.
+
+    Raises:
+        ValueError: an image is larger than the size.
+    """
+
+    def __init__(self, size: tuple[int, int], fill: int = 128) -> None:
+        self.size, self.fill = tuple(size), fill
+
+    def transform(self, results: dict) -> dict:
+        height, width = results["img"].shape[:2]
+        if height > self.size[0] or width > self.size[1]:
+            raise ValueError(
+                f"PadTo(size={self.size}) got an image of {height} x {width} ({results.get('img_path', '?')}); crop to that "
+                "size before, or enlarge it"
+            )
+        for key, fill in {"img": self.fill, **VOID}.items():
+            if key in results:
+                results[key] = _pad(results[key], self.size, fill, axis=0 if key == "img" else -2)
+        results["img_shape"] = self.size
+        return results
+
+
+def _pad(array: np.ndarray, size: tuple[int, int], fill: int, axis: int) -> np.ndarray:
+    """Pad the two axes from ``axis`` on at their ends."""
+    shape = list(array.shape)
+    window = [slice(length) for length in shape]
+    axis %= array.ndim
+    shape[axis : axis + 2] = size
+    # Zeros are pages not yet allocated: with many masks much cheaper than np.pad.
+    padded = np.full(shape, fill, array.dtype) if fill else np.zeros(shape, array.dtype)
+    padded[tuple(window)] = array
+    return padded
+
+
+@TRANSFORMS.register_module()
+class SemanticFromPanoptic(BaseTransform):
+    """Replace ``panoptic`` by ``semantic``, the classes of its segments, crowds included; void becomes 255.
+
+    So that semantic segmentation can be learnt from panoptic annotations, as Mask2Former's preparation derives it.
+    """
+
+    def transform(self, results: dict) -> dict:
+        panoptic, segments = results.pop("panoptic"), results.pop("segments")
+        table = np.full(max((s["id"] for s in segments), default=0) + 1, IGNORE_INDEX, np.uint8)
+        table[[s["id"] for s in segments]] = [s["label"] for s in segments]
+        results["semantic"] = table[panoptic]  # (H, W)
+        return results
 
 
 @TRANSFORMS.register_module()
@@ -261,7 +402,7 @@ class Albumentations(BaseTransform):
         self.compose.set_random_state(rng, random.Random(int(rng.integers(2**63))))
         data = {key: encode(results[key]) for key, (encode, _) in _CODECS.items() if key in results}
         if len(results.get("masks", ())):
-            data["masks"] = results["masks"].astype(np.uint8)
+            data["masks"] = results["masks"].view(np.uint8)
         data = self.compose(image=results["img"], **data)
         if data["image"].dtype != np.uint8 or data["image"].shape[2:] != (3,):
             raise ValueError(
@@ -279,7 +420,7 @@ def _decode(results: dict, data: dict) -> dict:
             results[key] = decode(data[key])
     if "masks" in results:
         none = np.zeros((0, *results["img_shape"]), bool)
-        results["masks"] = np.asarray(data["masks"]).astype(bool) if "masks" in data else none  # (N, H, W)
+        results["masks"] = np.asarray(data["masks"], np.uint8).view(bool) if "masks" in data else none  # (N, H, W)
     return drop_vanished(results)
 
 
@@ -330,19 +471,36 @@ class PackSegInputs(BaseTransform):
     """End a pipeline: ``dict(inputs=(3, H, W) uint8 tensor, data_samples=SegSample)``.
 
     The sample carries ``gt_panoptic`` (ids int32) when the results have ``panoptic``, ``gt_semantic`` (int64) when they
-    have ``semantic``, ``padding`` (H, W) bool when they have that; generator and data set stay behind.
+    have ``semantic``, ``gt_instances`` when they have ``masks`` (those without a pixel are left out; boxes are xyxy at
+    pixel edges), ``padding`` (H, W) bool when they have that; generator and data set stay behind.
     """
 
     def transform(self, results: dict) -> dict:
         sample = SegSample(metainfo={key: results[key] for key in ("img_path", "img_id", "ori_shape", "img_shape")})
-        if "panoptic_path" in results:
-            sample.set_metainfo(dict(label_path=results["panoptic_path"]))
+        for key in ("panoptic_path", "semantic_path", "instance_path"):
+            if key in results:
+                sample.set_metainfo(dict(label_path=results[key]))
         if "panoptic" in results:
             ids = torch.from_numpy(results["panoptic"].astype(np.int32))
             sample.gt_panoptic = PanopticMap(ids, results["segments"])
         if "semantic" in results:
             sample.gt_semantic = torch.from_numpy(results["semantic"].astype(np.int64))
+        if "masks" in results:
+            sample.gt_instances = _pack_instances(results["masks"], results["mask_labels"])
         if "padding" in results:
             sample.padding = torch.from_numpy(np.ascontiguousarray(results["padding"]))
         inputs = torch.from_numpy(np.ascontiguousarray(results["img"].transpose(2, 0, 1)))  # (3, H, W)
         return dict(inputs=inputs, data_samples=sample)
+
+
+def _pack_instances(masks: np.ndarray, labels: np.ndarray) -> InstanceData:
+    boxes = np.array([cv2.boundingRect(mask) for mask in masks.view(np.uint8)], np.float32).reshape(-1, 4)  # xywh
+    boxes[:, 2:] += boxes[:, :2]
+    visible = boxes[:, 2] > boxes[:, 0]
+    if not visible.all():
+        boxes, masks, labels = boxes[visible], masks[visible], labels[visible]
+    return InstanceData(
+        labels=torch.from_numpy(labels.astype(np.int64)),
+        masks=torch.from_numpy(np.ascontiguousarray(masks)),
+        bboxes=torch.from_numpy(boxes),
+    )
