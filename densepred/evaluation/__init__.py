@@ -1,5 +1,6 @@
 """Metrics, equal to the official evaluators."""
 
+from densepred.evaluation.depth import EncoderDepth
 from densepred.evaluation.panoptic import PanopticQuality
 
-__all__ = ["PanopticQuality"]
+__all__ = ["EncoderDepth", "PanopticQuality"]
