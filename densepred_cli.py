@@ -49,14 +49,19 @@ def add_test(parser: argparse.ArgumentParser) -> None:
     add_options(parser)
     parser.add_argument("--out", metavar="DIR", help="write predictions in the data set's official format")
     parser.add_argument("--show-dir", metavar="DIR", help="write a picture of every prediction")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=("panoptic", "semantic", "instance"),
+        help="what to deliver and measure; default: the config's",
+    )
 
 
 def run_test(args: argparse.Namespace) -> None:
     from densepred.engine import report, runner
 
-    launched = runner.test(
-        args.config, args.checkpoint, options_of(args), args.work_dir, args.launcher, args.out, args.show_dir
-    )
+    options = options_of(args) | ({"tasks": args.tasks} if args.tasks else {})
+    launched = runner.test(args.config, args.checkpoint, options, args.work_dir, args.launcher, args.out, args.show_dir)
     print(report.where_outputs_are(launched.work_dir))
 
 
@@ -69,13 +74,40 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     panoptic.add_argument("--pred", required=True, metavar="JSON", help="predictions")
     panoptic.add_argument("--pred-dir", required=True, metavar="DIR", help="their PNG files")
     panoptic.add_argument("--workers", type=int, default=0, help="processes; 0 counts in this one")
-    panoptic.add_argument("--out", metavar="JSON", help="write the figures, in 0..1 with full precision")
+    instance = tasks.add_parser("instance", help="COCO results format: AP of masks or boxes")
+    instance.add_argument("--gt", required=True, metavar="JSON", help="ground truth")
+    instance.add_argument("--pred", required=True, metavar="JSON", help="list of results")
+    instance.add_argument("--iou-type", choices=("segm", "bbox"), default="segm")
+    cityscapes = tasks.add_parser("cityscapes-instance", help="Cityscapes results format: AP, AP50")
+    cityscapes.add_argument("--gt", required=True, metavar="DIR", help="folder with *_gtFine_instanceIds.png below it")
+    cityscapes.add_argument("--pred", required=True, metavar="DIR", help="folder of the text files and their masks")
+    semantic = tasks.add_parser("semantic", help="label maps: mIoU, mean accuracy, accuracy")
+    semantic.add_argument("--gt", required=True, metavar="DIR", help="label maps")
+    semantic.add_argument("--pred", required=True, metavar="DIR", help="label maps of the same names")
+    semantic.add_argument("--num-classes", required=True, type=int)
+    semantic.add_argument("--ignore-index", type=int, default=255)
+    semantic.add_argument("--reduce-zero-label", action="store_true", help="truth: 0 is ignored, k means class k - 1")
+    for task in (panoptic, instance, cityscapes, semantic):
+        task.add_argument("--out", metavar="JSON", help="write the figures, in 0..1 with full precision")
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    from densepred.evaluation.panoptic import evaluate_and_print
+    if args.task == "panoptic":
+        from densepred.evaluation.panoptic import evaluate_and_print
 
-    evaluate_and_print(args.gt, args.gt_dir, args.pred, args.pred_dir, args.workers, args.out)
+        evaluate_and_print(args.gt, args.gt_dir, args.pred, args.pred_dir, args.workers, args.out)
+    elif args.task == "instance":
+        from densepred.evaluation.coco_instance import evaluate_and_print
+
+        evaluate_and_print(args.gt, args.pred, args.iou_type, args.out)
+    elif args.task == "cityscapes-instance":
+        from densepred.evaluation.cityscapes_instance import evaluate_and_print
+
+        evaluate_and_print(args.gt, args.pred, args.out)
+    else:
+        from densepred.evaluation.semantic import evaluate_and_print
+
+        evaluate_and_print(args.gt, args.pred, args.num_classes, args.ignore_index, args.reduce_zero_label, args.out)
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """What travels through every room: one image's ground truth and predictions, and the features between the parts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,4 +77,20 @@ def segment_masks(ids: Tensor, segments: list[dict]) -> tuple[Tensor, Tensor]:
     return ids[None] == numbers[:, None, None], labels  # (N, H, W), (N,)
 
 
-__all__ = ["IGNORE_INDEX", "Features", "InstanceData", "PanopticMap", "SegSample", "segment_masks"]
+def require_fields(sample: Mapping, *names: str) -> list:
+    """Return fields of a sample in MMEngine's dict form, as metrics get them.
+
+    Raises:
+        ValueError: the sample lacks one: its data set delivers no such truth, or the head no such prediction.
+    """
+    for name in names:
+        if name not in sample:
+            origin = "data set delivers no such truth" if name.startswith("gt_") else "head delivers no such prediction"
+            raise ValueError(
+                f"{sample.get('img_path', 'a sample')} has no {name}: the {origin}; choose other tasks (--tasks) or "
+                "another config"
+            )
+    return [sample[name] for name in names]
+
+
+__all__ = ["IGNORE_INDEX", "Features", "InstanceData", "PanopticMap", "SegSample", "require_fields", "segment_masks"]

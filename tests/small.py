@@ -2,19 +2,36 @@
 
 from pathlib import Path
 
+from densepred.engine.config import load_linked_config
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHAPES_CONFIG = str(CONFIGS / "kmax_r18_shapes.py")
 
-SMALL = {
-    "image_size": (65, 97),
+LOADERS = {
     "train_dataloader.batch_size": 2,
     "train_dataloader.num_workers": 0,
     "train_dataloader.persistent_workers": False,
     "val_dataloader.num_workers": 0,
     "val_dataloader.persistent_workers": False,
+}
+SMALL = LOADERS | {
+    "image_size": (65, 97),
     "model.head.num_queries": 12,
     "model.head.criterion.insdis_sample_k": 64,
 }
+"""Of kMaX-DeepLab's recipes."""
+SMALL_MASK2FORMER = LOADERS | {
+    "image_size": (64, 96),
+    "model.head.num_queries": 12,
+    "model.head.criterion.num_points": 128,
+}
+SMALL_CROPS = {
+    "train_short_edges": [64, 72],
+    "train_max_size": 160,
+    "test_short_edge": 64,
+    "test_max_size": 128,
+}
+"""Of recipes whose base has these sizes too."""
 NARROW = {"model.decoder.base_channels": (16, 16, 8, 8), "model.head.embed_dim": 32}
 
 
@@ -23,6 +40,13 @@ def small_shapes(root: Path, **options) -> dict:
     named = {key.replace("__", "."): value for key, value in options.items()}
     steps = {"train_cfg.max_iters": 4, "train_cfg.val_interval": 4, "default_hooks.checkpoint.interval": 2}
     return {"data_root": str(root), "default_hooks.logger.interval": 1, **SMALL, **NARROW, **steps, **named}
+
+
+def small_recipe(config: Path, **options) -> dict:
+    """Return the options under which a published recipe runs a step of any data set."""
+    small = SMALL if config.stem.startswith("kmax") else SMALL_MASK2FORMER
+    keys = load_linked_config(config).keys()
+    return small | {key: value for key, value in SMALL_CROPS.items() if key in keys} | options
 
 
 def as_words(options: dict) -> list[str]:

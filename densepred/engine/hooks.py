@@ -92,10 +92,9 @@ class MetricsFileHook(Hook):
     def _write(self, runner: Any, evaluator: Any, metrics: dict | None, record: dict) -> None:
         record = {**record, "metrics": {k: finite(v) for k, v in (metrics or {}).items()}}
         for metric in evaluator.metrics:
-            if per_class := getattr(metric, "per_class", None):
-                record["per_class"] = {
-                    name: {k: finite(v) for k, v in figures.items()} for name, figures in per_class.items()
-                }
+            for name, figures in getattr(metric, "per_class", {}).items():
+                row = record.setdefault("per_class", {}).setdefault(name, {})
+                row.update({k: finite(v) for k, v in figures.items()})
         path = Path(runner.work_dir, "metrics.json")
         scratch = path.with_suffix(".json.part")
         scratch.write_text(json.dumps(record, indent=1) + "\n")

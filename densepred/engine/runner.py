@@ -1,6 +1,7 @@
 """From a config to MMEngine's runner."""
 
 import importlib.util
+import inspect
 import logging
 import os
 import uuid
@@ -17,6 +18,7 @@ from densepred.engine.checkpoint import read_checkpoint
 from densepred.engine.config import load_linked_config, resolve_config, runner_keys
 from densepred.engine.cures import init_cpu_processes
 from densepred.errors import ConfigError, nearest
+from densepred.registry import METRICS
 
 LOGGERS = {"tensorboard": "TensorboardVisBackend", "wandb": "WandbVisBackend", "mlflow": "MLflowVisBackend"}
 
@@ -81,6 +83,7 @@ def config_name(cfg: Config) -> str:
 def prepare(linked: Config, work_dir: str | None, launcher: str) -> Config:
     """Resolve a config and fill in what every run needs."""
     cfg = resolve_config(linked)
+    choose_metrics(cfg)
     stem = Path(config_name(linked)).stem
     cfg.work_dir = work_dir or cfg.get("work_dir") or f"work_dirs/{stem}"
     cfg.launcher = launcher
@@ -91,6 +94,31 @@ def prepare(linked: Config, work_dir: str | None, launcher: str) -> Config:
         use_cpu_processes(cfg)
     known = runner_keys()
     return Config({k: v for k, v in cfg.to_dict().items() if k in known}, filename=cfg.filename)
+
+
+def choose_metrics(cfg: Config) -> None:
+    """Keep the metrics of the config's ``tasks``, in place, where an evaluator is a dict of metrics by task.
+
+    Raises:
+        ConfigError: a task has no metric.
+    """
+    for key in ("val_evaluator", "test_evaluator"):
+        by_task = cfg.get(key)
+        if not isinstance(by_task, dict) or "type" in by_task:
+            continue
+        for task in cfg.tasks:
+            if task not in by_task:
+                raise ConfigError(f"tasks: {key} has no metric for {task!r}{nearest(task, by_task)}")
+        chosen = [by_task[task] for task in cfg.tasks]
+        cfg[key] = [metric for entry in chosen for metric in (entry if isinstance(entry, list) else [entry])]
+
+
+def write_results(cfg: Config, out: str) -> None:
+    """Let every metric that can write results do so, in place: into ``out``, of several each into its own folder."""
+    metrics = [cfg.test_evaluator] if isinstance(cfg.test_evaluator, dict) else cfg.test_evaluator
+    writing = [m for m in metrics if "out_dir" in inspect.signature(METRICS.get(m["type"]).__init__).parameters]
+    for metric in writing:
+        metric["out_dir"] = str(Path(out, metric["type"])) if len(writing) > 1 else out
 
 
 def use_amp(cfg: Config) -> None:
@@ -166,10 +194,7 @@ def test(
     for key in TRAIN_KEYS:
         cfg.pop(key, None)
     if out:
-        cfg.test_evaluator = [
-            dict(e, out_dir=out)
-            for e in ([cfg.test_evaluator] if isinstance(cfg.test_evaluator, dict) else cfg.test_evaluator)
-        ]
+        write_results(cfg, out)
     if show_dir:
         cfg.custom_hooks = [*cfg.get("custom_hooks", []), dict(type="PictureGridHook", show_dir=show_dir)]
     runner = SegRunner.from_cfg(cfg)

@@ -20,6 +20,7 @@ from mmengine.logging import MMLogger
 from densepred.evaluation.coco_format import PredictionWriter, read_id_map, read_json, records_by_key
 from densepred.evaluation.table import panoptic_table
 from densepred.registry import METRICS
+from densepred.structures import require_fields
 
 IOU_SUM, TP, FP, FN = range(4)
 """Columns of the counts."""
@@ -146,7 +147,7 @@ class PanopticQuality(BaseMetric):
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
         """Count a batch of samples (as dictionaries, see MMEngine's ``Evaluator``)."""
         for sample in data_samples:
-            truth, prediction = sample["gt_panoptic"], sample["pred_panoptic"]
+            truth, prediction = require_fields(sample, "gt_panoptic", "pred_panoptic")
             ids, num_classes = prediction.numpy(), len(self.dataset_meta["classes"])
             try:
                 counts = panoptic_counts(truth.numpy(), truth.segments, ids, prediction.segments, num_classes)

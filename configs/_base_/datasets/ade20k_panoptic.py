@@ -13,6 +13,7 @@ thing_classes = [
     125, 126, 127, 129, 130, 132, 133, 134, 135, 136, 137, 138, 139, 142, 143, 144, 146, 147, 148, 149,
 ]  # fmt: skip
 image_size = (1281, 1281)  # (height, width) of every batch; for another size keep the sides 32 k + 1
+tasks = ["panoptic"]  # also of semantic, instance
 data_root = "datasets/ADEChallengeData2016"
 
 train_pipeline = [
@@ -74,5 +75,9 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = "${val_dataloader}"
-val_evaluator = dict(type="PanopticQuality")
+val_evaluator = dict(  # by task
+    panoptic=dict(type="PanopticQuality"),
+    semantic=dict(type="SemanticIoU"),
+    instance=dict(type="CocoInstance"),
+)
 test_evaluator = "${val_evaluator}"

@@ -7,6 +7,7 @@ sample from a second image at half the scale. (The TensorFlow original adds Auto
 num_classes = 19
 thing_classes = list(range(11, 19))
 image_size = (1025, 2049)  # (height, width) of every batch; for another size keep the sides 32 k + 1
+tasks = ["panoptic"]  # also of semantic, instance
 data_root = "datasets/cityscapes"
 
 train_pipeline = [
@@ -68,5 +69,9 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = "${val_dataloader}"
-val_evaluator = dict(type="PanopticQuality")
+val_evaluator = dict(  # by task
+    panoptic=dict(type="PanopticQuality"),
+    semantic=dict(type="SemanticIoU"),
+    instance=dict(type="CityscapesInstance", data_root="${data_root}"),
+)
 test_evaluator = "${val_evaluator}"

@@ -7,6 +7,7 @@ sample from a second image at half the scale. (The TensorFlow original: jitter 0
 num_classes = 133
 thing_classes = list(range(80))
 image_size = (1281, 1281)  # (height, width) of every batch; for another size keep the sides 32 k + 1
+tasks = ["panoptic"]  # also of semantic, instance
 data_root = "datasets/coco"
 
 train_pipeline = [
@@ -70,5 +71,9 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = "${val_dataloader}"
-val_evaluator = dict(type="PanopticQuality")
+val_evaluator = dict(  # by task
+    panoptic=dict(type="PanopticQuality"),
+    semantic=dict(type="SemanticIoU"),
+    instance=dict(type="CocoInstance", data_root="${data_root}", ann_file="annotations/instances_val2017.json"),
+)
 test_evaluator = "${val_evaluator}"

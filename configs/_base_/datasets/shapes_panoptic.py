@@ -6,6 +6,7 @@ The pipeline is COCO's with less scale jitter and no copy-paste; scenes of 128 x
 num_classes = 10
 thing_classes = list(range(6))
 image_size = (97, 129)  # (height, width) of every batch; for another size keep the sides 32 k + 1
+tasks = ["panoptic"]  # also of semantic, instance
 data_root = "datasets/shapes"
 
 train_pipeline = [
@@ -55,5 +56,9 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = "${val_dataloader}"
-val_evaluator = dict(type="PanopticQuality")
+val_evaluator = dict(  # by task
+    panoptic=dict(type="PanopticQuality"),
+    semantic=dict(type="SemanticIoU"),
+    instance=dict(type="CocoInstance"),
+)
 test_evaluator = "${val_evaluator}"

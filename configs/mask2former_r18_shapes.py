@@ -1,0 +1,25 @@
+"""Mask2Former in small, ResNet-18, on the generated Shapes: from scratch, in minutes on a CPU."""
+
+_base_ = [
+    "_base_/default_runtime.py",
+    "_base_/datasets/shapes_lsj.py",
+    "_base_/models/mask2former.py",
+    "_base_/schedules/mask2former_poly.py",
+]
+
+model = dict(
+    encoder=dict(depth=18, frozen_norm=False),
+    decoder=dict(embed_dim=128, mask_dim=128, num_layers=3, ffn_dim=512),
+    head=dict(
+        num_queries=32,
+        embed_dim=128,
+        ffn_dim=512,
+        num_layers=3,
+        object_mask_threshold=0.4,
+        criterion=dict(num_points=1024),
+    ),
+)
+optim_wrapper = dict(optimizer=dict(lr=5e-4), paramwise_cfg=dict(lr_mult=dict(encoder=1.0)))
+train_cfg = dict(max_iters=900, val_interval=300)
+auto_scale_lr = dict(base_batch_size=8)
+default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=300))

@@ -1,0 +1,42 @@
+"""Mask2Former, Swin-L (ImageNet-22k), ADE20K panoptic. Published: PQ 48.1, AP 34.2, mIoU 54.5 (val)."""
+
+_base_ = [
+    "_base_/default_runtime.py",
+    "_base_/datasets/ade20k_crop.py",
+    "_base_/models/mask2former.py",
+    "_base_/schedules/mask2former_poly.py",
+]
+
+thing_classes = [
+    7, 8, 10, 12, 14, 15, 18, 19, 20, 22, 23, 24, 27, 30, 31, 32, 33, 35, 36, 37,
+    38, 39, 41, 42, 43, 44, 45, 47, 49, 50, 53, 55, 56, 57, 58, 62, 64, 65, 66, 67,
+    69, 70, 71, 72, 73, 74, 75, 76, 78, 80, 81, 82, 83, 85, 86, 87, 88, 89, 90, 92,
+    93, 95, 97, 98, 102, 103, 104, 107, 108, 110, 111, 112, 115, 116, 118, 119, 120, 121, 123, 124,
+    125, 126, 127, 129, 130, 132, 133, 134, 135, 136, 137, 138, 139, 142, 143, 144, 146, 147, 148, 149,
+]  # fmt: skip
+tasks = ["panoptic"]  # also of semantic, instance
+dataset_type = "ADE20KPanoptic"
+load_labels = dict(type="LoadPanoptic")
+image_size = (640, 640)
+train_short_edges = [64 * i for i in range(5, 21)]
+train_max_size = 2560
+test_short_edge = 640
+test_max_size = 2560
+model = dict(
+    encoder=dict(
+        _delete_=True,
+        type="SwinTransformer",
+        embed_dim=192,
+        depths=(2, 2, 18, 2),
+        num_heads=(6, 12, 24, 48),
+        window_size=12,
+        drop_path_rate=0.3,
+        init_cfg=None,
+    ),
+    head=dict(num_queries=200),
+)
+optim_wrapper = dict(
+    paramwise_cfg=dict(
+        no_decay=["query_feat", "query_embed", "head.level_embed", "relative_position_bias_table"],
+    ),
+)
