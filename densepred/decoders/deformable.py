@@ -33,7 +33,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     cells, matrix = x.flatten(2).transpose(1, 2), weight.flatten(1).t().expand(len(x), -1, -1)  # (B, HW, C), (B, C, O)
     y = torch.bmm(cells, matrix) if bias is None else torch.baddbmm(bias, cells, matrix)  # (B, HW, O)
-    return y.transpose(1, 2).unflatten(2, x.shape[-2:])  # (B, O, H, W)
+    return y.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)  # (B, O, H, W)
 
 
 class PointwiseConv(nn.Conv2d):
@@ -96,7 +96,8 @@ class LevelContext:
 
     Attributes:
         positions: (S, C), what a token adds to itself as a query: its sine encoding and its level's embedding.
-        references: (S, 2), its cell's centre (x, y) in [0, 1], float32 at least.
+        references: (S, 1, L, P, 2), its cell's centre (x, y) in [0, 1], once for every location, float32 at least.
+        sides: (L, P, 2), width and height of a location's level; both are written out, for short broadcasts are slow.
         spatial_shapes: (L, 2) int64, height and width of the levels, coarse to fine.
         level_starts: (L,) int64, the first token of every level.
         sizes: the same heights and widths as plain numbers.
@@ -104,6 +105,7 @@ class LevelContext:
 
     positions: Tensor
     references: Tensor
+    sides: Tensor
     spatial_shapes: Tensor
     level_starts: Tensor
     sizes: tuple[tuple[int, int], ...]
@@ -112,7 +114,7 @@ class LevelContext:
         """Return the levels of (B, S, C) as maps (B, C, h, w), views of it."""
         lengths = [height * width for height, width in self.sizes]
         parts = memory.split(lengths, dim=1)
-        return [part.transpose(1, 2).unflatten(2, size) for part, size in zip(parts, self.sizes, strict=True)]
+        return [part.unflatten(1, size).permute(0, 3, 1, 2) for part, size in zip(parts, self.sizes, strict=True)]
 
 
 class DeformableAttention(nn.Module):
@@ -159,8 +161,7 @@ class DeformableAttention(nn.Module):
         # Along the last axis a softmax over a dozen numbers takes five times as long.
         weights = upcast(self.attention_weights(queries)).unflatten(-1, (heads, levels * points)).movedim(-1, 0)
         weights = weights.softmax(0).movedim(0, -1)
-        sides = context.spatial_shapes.flip(1)[:, None].to(offsets.dtype)  # (L, 1, 2), width first
-        locations = context.references[:, None, None, None] + offsets / sides  # (B, S, heads, L, P, 2)
+        locations = context.references + offsets / context.sides  # (B, S, heads, L, P, 2)
         weights = weights.unflatten(-1, (levels, points))  # (B, S, heads, L, P)
         sums = ms_deform_attn(value, context.spatial_shapes, context.level_starts, locations, weights)
         return self.output_proj(sums)  # (B, S, C)
@@ -227,7 +228,7 @@ class DeformablePixelDecoder(nn.Module):
         super().__init__()
         _check_maps(in_channels, in_strides)
         _check_width(embed_dim, num_heads)
-        self.embed_dim, self.num_layers = embed_dim, num_layers
+        self.embed_dim, self.num_layers, self.num_points = embed_dim, num_layers, num_points
         self.channels = mask_dim
         self.level_channels = [embed_dim] * NUM_LEVELS
         self.input_proj = nn.ModuleList(
@@ -263,11 +264,15 @@ class DeformablePixelDecoder(nn.Module):
             sine_positions(*size, self.embed_dim, memory) + embedding
             for size, embedding in zip(sizes, self.level_embed, strict=True)
         ]
+        centres = torch.cat([cell_centres(*size, upcast(memory)) for size in sizes])  # (S, 2)
+        shapes = torch.tensor(sizes, device=memory.device)  # (L, 2)
         starts = [sum(h * w for h, w in sizes[:level]) for level in range(NUM_LEVELS)]
+        per_location = (-1, -1, NUM_LEVELS, self.num_points, -1)
         return LevelContext(
             positions=torch.cat(positions),
-            references=torch.cat([cell_centres(*size, upcast(memory)) for size in sizes]),
-            spatial_shapes=torch.tensor(sizes, device=memory.device),
+            references=centres[:, None, None, None].expand(per_location).contiguous(),
+            sides=shapes.flip(1)[:, None].to(centres.dtype).expand(-1, self.num_points, -1).contiguous(),
+            spatial_shapes=shapes,
             level_starts=torch.tensor(starts, device=memory.device),
             sizes=tuple(sizes),
         )
