@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from densepred.data.augmentations import Albumentations
 from densepred.data.loading import LoadImage, LoadPanoptic
 from densepred.data.transforms import (
-    Albumentations,
     PackSegInputs,
     PadTo,
     Redraw,

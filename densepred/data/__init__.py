@@ -1,6 +1,7 @@
 """Data sets, transforms and the preprocessor."""
 
 from densepred.data.ade20k import ADE20KPanoptic, ADE20KSemantic
+from densepred.data.augmentations import Albumentations
 from densepred.data.cityscapes import CityscapesInstances, CityscapesPanoptic, CityscapesSemantic
 from densepred.data.coco import CocoPanoptic
 from densepred.data.copy_paste import CopyPaste
@@ -10,7 +11,6 @@ from densepred.data.loading import LoadImage, LoadPanoptic, LoadSemantic
 from densepred.data.preprocessor import SegPreprocessor
 from densepred.data.sampler import SeekableSampler
 from densepred.data.transforms import (
-    Albumentations,
     PackSegInputs,
     PadTo,
     Redraw,
