@@ -1,6 +1,8 @@
 """Metrics, equal to the official evaluators."""
 
+from densepred.evaluation.cityscapes_instance import CityscapesInstance
+from densepred.evaluation.coco_instance import CocoInstance
 from densepred.evaluation.depth import EncoderDepth
 from densepred.evaluation.panoptic import PanopticQuality
 
-__all__ = ["EncoderDepth", "PanopticQuality"]
+__all__ = ["CityscapesInstance", "CocoInstance", "EncoderDepth", "PanopticQuality"]
