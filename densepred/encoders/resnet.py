@@ -14,6 +14,7 @@ The published families differ in the stem and in the place of the stride:
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
 from mmengine.registry import DefaultScope
@@ -29,15 +30,40 @@ STEMS = {"7x7": ((3, 64, 7, 2),), "deep": ((3, 64, 3, 2), (64, 64, 3, 1), (64, 1
 """Convolutions of each stem: input channels, output channels, kernel, stride."""
 
 
+class FrozenBatchNorm2d(nn.Module):
+    """BatchNorm with fixed statistics, weight and bias: four buffers under BatchNorm's names, nothing to train."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """Return what a channel is multiplied by, and what is added then, both (C,)."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.scale_and_shift()
+        return x * scale[:, None, None] + shift[:, None, None]
+
+
 class ConvNorm(nn.Conv2d):
     """Convolution without bias that holds its BatchNorm as ``norm``, which gives the keys ``X.weight``, ``X.norm.*``."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, norm: dict) -> None:
         super().__init__(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels, **norm)
+        if norm["frozen"]:
+            self.norm = FrozenBatchNorm2d(out_channels, norm["eps"])
+        else:
+            self.norm = nn.BatchNorm2d(out_channels, norm["eps"], norm["momentum"])
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.norm, FrozenBatchNorm2d):  # folded into the kernel: one pass over the map, not two
+            scale, shift = self.norm.scale_and_shift()
+            return self._conv_forward(x, self.weight * scale[:, None, None, None], shift)
         return self.norm(super().forward(x))
 
 
@@ -105,6 +131,7 @@ class ResNet(BaseModule):
         stem: "7x7" or "deep", see the head of this file.
         stride_in_1x1: bottlenecks stride in their first convolution (MSRA's Caffe weights).
         norm_eps, norm_momentum: of every BatchNorm; kMaX-DeepLab 1e-3 and 0.01, torchvision 1e-5 and 0.1.
+        frozen_norm: no BatchNorm is ever trained or averages anything, as in Mask2Former on COCO: for pretrained weights.
         zero_init_residual: start the last BatchNorm of every block at 0, for training without pretrained weights.
         init_cfg: ``dict(type="Pretrained", checkpoint=PATH)`` reads torchvision, timm and detectron2 files.
 
@@ -123,6 +150,7 @@ class ResNet(BaseModule):
         stride_in_1x1: bool = False,
         norm_eps: float = 1e-5,
         norm_momentum: float = 0.1,
+        frozen_norm: bool = False,
         zero_init_residual: bool = False,
         init_cfg: dict | None = None,
     ) -> None:
@@ -132,7 +160,7 @@ class ResNet(BaseModule):
         if stem not in STEMS:
             raise ValueError(f"stem={stem!r}: ResNet knows {', '.join(STEMS)}")
         block = BasicBlock if depth < 50 else Bottleneck
-        norm = dict(eps=norm_eps, momentum=norm_momentum)
+        norm = dict(eps=norm_eps, momentum=norm_momentum, frozen=frozen_norm)
         self.stem = Stem(stem, norm)
         in_channels = STEMS[stem][-1][1]
         channels, strides = {"stem": in_channels}, {"stem": 4}
