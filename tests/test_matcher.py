@@ -38,3 +38,10 @@ def test_names_the_value_that_is_not_finite(value):
         FloatingPointError, match=f"1 of 12 values are not finite, the first is {value} at query 1, target 2"
     ):
         hungarian_match(cost)
+
+
+def test_names_the_place_of_the_costs():
+    with pytest.raises(
+        FloatingPointError, match=r"^matching cost \(aux_outputs\[3\], image 5\): 1 of 1 values .* rate"
+    ):
+        hungarian_match(torch.tensor([[float("nan")]]), "aux_outputs[3], image 5")

@@ -76,13 +76,14 @@ class _SampleQueries(torch.autograd.Function):
         grad_rows, _ = torch.ops.aten.grid_sampler_2d_backward(
             grad[:, None, :, None].contiguous(), *_rows_and_grid(masks, rows, points), 0, 0, False, [True, False]
         )
-        grad_masks = torch.zeros_like(masks, memory_format=torch.contiguous_format)
-        grad_masks.view(-1, *masks.shape[2:]).index_add_(0, rows, grad_rows[:, 0].to(masks.dtype))
-        return grad_masks, None, None
+        # Row -1 comes last and is cut off.
+        grad_masks = masks.new_zeros(masks.shape[:2].numel() + 1, *masks.shape[2:])
+        grad_masks.index_copy_(0, rows % len(grad_masks), grad_rows[:, 0].to(masks.dtype))
+        return grad_masks[:-1].view(masks.shape), None, None
 
 
 def _rows_and_grid(masks: Tensor, rows: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    chosen = masks.flatten(0, 1).index_select(0, rows).to(points.dtype)
+    chosen = masks.flatten(0, 1).index_select(0, rows.clamp(min=0)).to(points.dtype)
     return chosen[:, None], (2 * points - 1)[:, :, None]  # (M, 1, h, w), (M, P, 1, 2)
 
 
@@ -91,7 +92,7 @@ def sample_queries(masks: Tensor, rows: Tensor, points: Tensor) -> Tensor:
 
     Args:
         masks: (B, Q, h, w), any float type.
-        rows: (M,) int64, ``image * Q + query``.
+        rows: (M,) int64, ``image * Q + query``, no query twice; -1 = row 0 without a gradient.
         points: (M, P, 2), float32 or float64: the type that is computed in.
 
     Returns:
@@ -403,7 +404,6 @@ class Mask2FormerCriterion(nn.Module):
         return {"loss_ce": self.class_weight * loss}
 
     def _mask_terms(self, sets: list[dict], rows: Tensor, targets: list[dict], points: Points) -> dict[str, Tensor]:
-        matched, rows = rows >= 0, rows.clamp(min=0)
         masks = [output["pred_masks"] for output in sets]
         chosen = torch.stack([self._choose(s, m, rows[s], points) for s, m in enumerate(masks)], 1)  # (T, S, P, 2)
         logits = torch.stack([sample_queries(m, rows[s], chosen[:, s]) for s, m in enumerate(masks)])  # (S, T, P)
@@ -412,8 +412,8 @@ class Mask2FormerCriterion(nn.Module):
         samples = samples.view(*chosen.shape[:3]).transpose(0, 1)  # (S, T, P)
         num_masks = average_targets(len(chosen), logits)
         return {
-            "loss_mask": self.mask_weight * mask_loss(logits, samples, matched, num_masks),
-            "loss_dice": self.dice_weight * dice_loss(logits, samples, matched, num_masks),
+            "loss_mask": self.mask_weight * mask_loss(logits, samples, rows >= 0, num_masks),
+            "loss_dice": self.dice_weight * dice_loss(logits, samples, rows >= 0, num_masks),
         }
 
     @torch.no_grad()
