@@ -53,6 +53,25 @@ def panoptic_table(record: Mapping, names: Mapping[str, str] | None = None) -> s
     return text_table(["class", "PQ", "SQ", "RQ", "TP", "FP", "FN"], rows, title="Panoptic quality")
 
 
+def semantic_table(record: Mapping, names: Mapping[str, str] | None = None) -> str:
+    """Return the table of a semantic record, in percent.
+
+    Args:
+        record: As `densepred.evaluation.semantic.evaluate_files` returns it, values 0..1.
+        names: Class names by the keys of ``record["per_class"]``; without them the keys are shown.
+    """
+    names = names or {}
+    rows: list[Sequence] = []
+    for key, values in record["per_class"].items():
+        scores = [100 * values[score] for score in ("iou", "acc", "dice", "precision")]
+        rows.append([names.get(key, key), *scores, values["pixels"]])
+    pixels = sum(values["pixels"] for values in record["per_class"].values())
+    rows.append([])
+    rows.append(["mean", *(100 * record[score] for score in ("mIoU", "mAcc", "mDice", "mPrecision")), pixels])
+    rows.append(["weighted by pixels", 100 * record["fwIoU"], 100 * record["aAcc"], "", "", pixels])
+    return text_table(["class", "IoU", "Acc", "Dice", "Precision", "pixels"], rows, title="Semantic segmentation")
+
+
 def _cell(value: str | int | float) -> str:
     if isinstance(value, float):
         return "-" if math.isnan(value) else f"{value:.2f}"
