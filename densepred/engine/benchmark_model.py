@@ -5,6 +5,7 @@ backward). Drop path is off and the norms of a ResNet are frozen on both sides, 
 is timed, outputs and losses must agree.
 """
 
+import ctypes
 import statistics
 import subprocess
 import sys
@@ -280,9 +281,10 @@ def _timed(function: Callable[[], Any]) -> tuple[float, float]:
 
 
 def peak_of(encoder: str, size: int, job: str, ours: bool) -> float:
-    """Return the MiB that a job takes at its peak above what the process holds before it; Linux only."""
+    """Return the MiB that a job takes at its peak above what the process holds before it; Linux with glibc."""
     torch.set_num_threads(1)
     pair = Pair(encoder, size)
+    ctypes.CDLL(None).malloc_trim(0)  # or memory freed before would serve the job unseen
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _status("VmRSS")
     pair.run(job, ours)
