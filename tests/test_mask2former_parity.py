@@ -18,7 +18,7 @@ FORWARD = [name for name in META["outputs"] if name.startswith(("res", "memory",
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = ResNet(50)
+        self.encoder = ResNet(50, frozen_norm=True)
         self.decoder = DeformablePixelDecoder(self.encoder.channels, self.encoder.strides)
         self.head = Mask2FormerHead(256, [256] * 3, self.encoder.channels, 133, thing_classes=range(80))
 
