@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmengine.evaluator import Evaluator
 
+from densepred.evaluation import cityscapes_semantic
 from densepred.evaluation.semantic import (
     SemanticIoU,
     confusion_matrix,
@@ -19,6 +20,7 @@ from densepred.evaluation.semantic import (
 from densepred.evaluation.table import semantic_table
 from densepred.structures import PanopticMap, SegSample
 
+METRICS = Path(__file__).parent / "data" / "metrics"
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real sample data")
 
@@ -243,3 +245,52 @@ def test_folders_that_do_not_fit(folders, tmp_path):
         evaluate_files(gt, pred, 4)
     with pytest.raises(FileNotFoundError, match="no label map"):
         evaluate_files(tmp_path / "nowhere", pred, 4)
+
+
+# Cityscapes' own files ------------------------------------------------------------------------------------------------
+
+CITYSCAPES_TRUTH = METRICS / "cityscapes_instance" / "gtFine"
+CITYSCAPES_PRED = METRICS / "cityscapes_semantic" / "pred_semantic"
+
+
+def assert_cityscapes(found, expected):
+    for group, name in (("classes", "class"), ("categories", "category")):
+        for official, ours in ((f"{name}Scores", "iou"), (f"{name}InstScores", "iiou")):
+            values = {key: values[ours] for key, values in found[group].items()}
+            known = {key: value for key, value in expected[official].items() if value is not None}
+            assert {key: value for key, value in values.items() if value == value} == pytest.approx(known, rel=1e-12)
+    averages = [found[name] for name in ("mIoU", "miIoU", "mIoU_cat", "miIoU_cat")]
+    keys = ("Classes", "InstClasses", "Categories", "InstCategories")
+    assert averages == pytest.approx([expected[f"averageScore{key}"] for key in keys], rel=1e-12)
+
+
+def test_cityscapes_files_score_as_the_official_script_says(tmp_path, capsys):
+    expected = json.loads((METRICS / "cityscapes_semantic" / "expected.json").read_text())
+    assert_cityscapes(cityscapes_semantic.evaluate_files(CITYSCAPES_TRUTH, CITYSCAPES_PRED), expected)
+    cityscapes_semantic.evaluate_and_print(str(CITYSCAPES_TRUTH), str(CITYSCAPES_PRED), str(tmp_path / "out.json"))
+    assert json.loads((tmp_path / "out.json").read_text())["classes"]["road"]["iiou"] is None
+    assert f"{100 * expected['averageScoreInstClasses']:.2f}" in capsys.readouterr().out
+
+
+@needs_shared
+def test_cityscapes_on_real_frames():
+    expected, data = official_case("cityscapes_real_rule")
+    total = np.zeros((2, 34, 34))
+    for path in sorted((data / "cityscapes_sample" / "gtFine" / "val" / "frankfurt").glob("*_instanceIds.png")):
+        truth = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        rows, columns = (np.minimum(np.arange(side) // 8 * 8 + 4, side - 1) for side in truth.shape)
+        coarse = truth[np.ix_(rows, columns)]
+        total += cityscapes_semantic.frame_counts(truth, np.where(coarse >= 1000, coarse // 1000, coarse))
+    np.testing.assert_array_equal(total[0], expected["semantic"]["confMatrix"])
+    assert_cityscapes(cityscapes_semantic.cityscapes_quality(total), expected["semantic"])
+
+
+def test_cityscapes_folders_that_do_not_fit(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no \*_gtFine_instanceIds.png"):
+        cityscapes_semantic.evaluate_files(tmp_path, CITYSCAPES_PRED)
+    with pytest.raises(FileNotFoundError, match=r"no prediction zeroville_000000_000019\*.png"):
+        cityscapes_semantic.evaluate_files(CITYSCAPES_TRUTH, tmp_path)
+    with pytest.raises(ValueError, match="predicted id 255 is not below 34"):
+        cityscapes_semantic.frame_counts(np.zeros((1, 2), int), np.array([[0, 255]]))
+    with pytest.raises(ValueError, match="prediction is 2x1 pixels and the ground truth 1x2"):
+        cityscapes_semantic.frame_counts(np.zeros((1, 2), int), np.zeros((2, 1), int))
