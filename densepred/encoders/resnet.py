@@ -139,7 +139,7 @@ class ResNet(BaseModule):
         channels, strides: of the returned maps, in the order of ``out_features``.
 
     Raises:
-        ValueError: unknown ``depth``, ``stem`` or feature name.
+        ValueError: unknown ``depth``, ``stem`` or feature name, or ``zero_init_residual`` with norms that stay frozen.
     """
 
     def __init__(
@@ -159,6 +159,10 @@ class ResNet(BaseModule):
             raise ValueError(f"depth={depth!r}: ResNet knows {', '.join(map(str, BLOCKS))}")
         if stem not in STEMS:
             raise ValueError(f"stem={stem!r}: ResNet knows {', '.join(STEMS)}")
+        if frozen_norm and zero_init_residual:
+            raise ValueError(
+                "zero_init_residual=True with frozen_norm=True: blocks would stay zero; drop one of the two"
+            )
         block = BasicBlock if depth < 50 else Bottleneck
         norm = dict(eps=norm_eps, momentum=norm_momentum, frozen=frozen_norm)
         self.stem = Stem(stem, norm)

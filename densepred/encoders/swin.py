@@ -23,8 +23,8 @@ from densepred.encoders.convnext import drop_path
 from densepred.errors import nearest
 from densepred.registry import MODELS, SCOPE
 
-MLP_ROWS = 1024
-"""Tokens that go through an MLP at a time on a CPU without gradients, so that its hidden layer stays in the cache."""
+ROWS = 1024
+"""Tokens that go through attention or an MLP at a time on a CPU without gradients: what fits into the cache."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Windows:
     Windows are the first axis, sorted by kind, images the second. P - T places lie outside the map.
 
     Attributes:
-        gather: (P,) token at each place; any token at a place outside.
+        gather: (P,) token at each place, T at a place outside.
         order: (P,) place of each of the T tokens, then the places outside.
         kinds: (n,) kind of each window: 0 inner, 1 right edge, 2 bottom edge, 3 corner; all 0 without a shift.
-        counts: windows of each kind.
+        counts: windows of each kind that there can be.
     """
 
     gather: Tensor
@@ -47,21 +47,19 @@ class Windows:
 
 
 def cut_windows(batch: int, height: int, width: int, window: int, shift: int, device: torch.device) -> Windows:
-    """Windows of ``window`` x ``window`` tokens over ``batch`` maps, padded right and below, moved by ``shift``."""
+    """Windows of ``window`` x ``window`` tokens over ``batch`` maps padded right and below, moved by ``shift``."""
     rows, columns, tokens = -(-height // window), -(-width // window), batch * height * width
     token = torch.arange(tokens, device=device).view(batch, height, width)
     token = F.pad(token, (0, columns * window - width, 0, rows * window - height), value=tokens)
     token = token.roll((-shift, -shift), dims=(1, 2)).view(batch, rows, window, columns, window)
     token = token.permute(1, 3, 0, 2, 4).reshape(rows * columns, -1)  # (n, B * N)
-    kinds = torch.zeros(rows * columns, dtype=torch.long, device=device)
-    counts = (rows * columns,)
+    kinds, counts = token.new_zeros(rows * columns), (rows * columns,)
     if shift:
         bottom, right = (torch.arange(n, device=device) == n - 1 for n in (rows, columns))
-        kinds, windows = (2 * bottom[:, None] + 1 * right).flatten().sort(stable=True)  # (n,)
-        token = token[windows]
-        counts = ((rows - 1) * (columns - 1), rows - 1, columns - 1, 1)
+        kinds, windows = (2 * bottom[:, None] + 1 * right).flatten().sort(stable=True)
+        token, counts = token[windows], ((rows - 1) * (columns - 1), rows - 1, columns - 1, 1)
     token = token.flatten()
-    return Windows(token.clamp(max=tokens - 1), token.argsort(stable=True), kinds, counts)
+    return Windows(token, token.argsort(stable=True), kinds, counts)
 
 
 @lru_cache(maxsize=32)
@@ -71,57 +69,51 @@ def _remembered_windows(*key) -> Windows:
 
 
 def windows_of(x: Tensor, window: int, shift: int) -> Windows:
-    """``cut_windows`` for a map (B, H, W, C), remembered for real tensors outside compilation and export."""
+    """``cut_windows`` for a map (B, H, W, C), remembered where tensors have values."""
     key = (*x.shape[:3], window, shift, x.device)
-    remember = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    remember = type(x) is Tensor and not torch.compiler.is_compiling()
     return _remembered_windows(*key) if remember else cut_windows(*key)
 
 
-def _spread(rows: Tensor, filler: Tensor, gather: Tensor, outside: Tensor) -> Tensor:
-    places = rows.index_select(0, gather)  # (P, C)
-    places[outside] = filler
-    return places
-
-
 class ToWindows(torch.autograd.Function):
-    """Tokens (T, C) and a filler (C,) for places outside the map -> places (P, C).
+    """Tokens (T + 1, C), the last one for places outside the map -> places (P, C).
 
-    A function of its own because the gradient of indexing adds rows up one by one; this one reads them in place order.
+    A function of its own because the gradient of indexing adds rows up one by one; this one reads them in token order.
     """
 
     @staticmethod
-    def forward(ctx, tokens: Tensor, filler: Tensor, gather: Tensor, order: Tensor) -> Tensor:
-        ctx.tokens, ctx.order = len(tokens), order
-        return _spread(tokens, filler, gather, order[len(tokens) :])
+    def forward(ctx, tokens: Tensor, gather: Tensor, order: Tensor) -> Tensor:
+        ctx.order = order.tensor_split([len(tokens) - 1])
+        return tokens.index_select(0, gather)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        places, outside = ctx.order[: ctx.tokens], ctx.order[ctx.tokens :]
-        return grad.index_select(0, places), grad.index_select(0, outside).sum(0), None, None
+        inside, outside = (grad.index_select(0, places) for places in ctx.order)
+        return torch.cat([inside, outside.sum(0, keepdim=True)]), None, None
 
 
 class FromWindows(torch.autograd.Function):
-    """Places (P, C) -> the ``tokens`` tokens (T, C) of the map: the transpose of ToWindows."""
+    """Places (P, C) -> the ``count`` tokens (T, C) of the map: the transpose of ToWindows."""
 
     @staticmethod
-    def forward(ctx, places: Tensor, tokens: int, gather: Tensor, order: Tensor) -> Tensor:
-        ctx.gather, ctx.outside = gather, order[tokens:]
-        return places.index_select(0, order[:tokens])
+    def forward(ctx, places: Tensor, count: int, gather: Tensor, order: Tensor) -> Tensor:
+        ctx.gather = gather
+        return places.index_select(0, order[:count])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _spread(grad, grad.new_zeros(()), ctx.gather, ctx.outside), None, None, None
+        return F.pad(grad, (0, 0, 0, 1)).index_select(0, ctx.gather), None, None, None
 
 
 def shift_masks(window: int, shift: int) -> Tensor:
-    """What is added to the logits of the four kinds of windows (4, N, N): -100 between tokens of different regions.
+    """What is added to the logits of each kind of windows (4, N, N): -100 between tokens of different regions.
 
-    A shift rolls the map's far side into its last row and column of windows; there, the last ``shift`` rows or columns
-    come from the other side.
+    A shift rolls the map's near side into its last row and column of windows, as their last ``shift`` rows or columns.
+    Without a shift there is one kind, and nothing is added.
     """
     rolled = torch.arange(window) >= window - shift
     bottom, right = rolled[:, None].expand(window, window).flatten(), rolled.expand(window, window).flatten()
-    region = torch.stack([0 * right, 1 * right, 2 * bottom, 2 * bottom + right])  # (4, N)
+    region = torch.stack([0 * right, 1 * right, 2 * bottom, 2 * bottom + right][: 4 if shift else 1])  # (kinds, N)
     return (region[:, :, None] != region[:, None, :]) * -100.0
 
 
@@ -132,26 +124,35 @@ def relative_positions(window: int) -> Tensor:
     return ((2 * window - 1) * dy + dx).flatten()
 
 
-def attend(qkv: Tensor, bias: Tensor, masks: Tensor | None, windows: Windows) -> Tensor:
-    """Attention within windows: qkv (n, B, N, 3, heads, D) -> (n * B * N, heads * D).
+def attend(qkv: Tensor, bias: Tensor) -> Tensor:
+    """Attention in windows: qkv (n, B, N, 3, heads, D), bias (n or 1, 1, heads, N, N) of the logits -> (n * B * N, C).
 
-    ``bias`` (heads, N, N) and, after a shift, the kind's of ``masks`` (4, N, N) are added to the logits. Without gradients
-    PyTorch's fused kernel runs kind by kind; with them it would fall back to its general code on a CPU, which is slower
-    than ours, because the bias wants a gradient.
+    This form is for gradients: PyTorch's fused kernel takes no bias that wants one on a CPU, and its stand-in is slower.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # (n, B, heads, N, D)
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        logits += bias
-        if masks is not None:
-            logits += masks[windows.kinds][:, None, None]
-        return (logits.softmax(dim=-1) @ v).transpose(2, 3).flatten(0, 2).flatten(1)
-    parts = []
-    added = bias[None] if masks is None else bias + masks[:, None]  # (kinds, heads, N, N)
-    for part, kind in zip(qkv.split(windows.counts), added, strict=True):
-        q, k, v = part.flatten(0, 1).permute(2, 0, 3, 1, 4)  # (n * B, heads, N, D)
-        parts.append(F.scaled_dot_product_attention(q, k, v, kind[None]).transpose(1, 2).flatten(0, 1).flatten(1))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # (n, B, heads, N, D)
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    logits += bias
+    return (logits.softmax(dim=-1) @ v).transpose(2, 3).flatten(3).flatten(0, 2)
+
+
+def attend_by_kind(tokens: Tensor, bias: Tensor, heads: int, windows: Windows) -> Tensor:
+    """Attention in windows: tokens (T + 1, 3C), bias (kinds, heads, N, N) of the logits -> (P, C).
+
+    Windows of one kind share a bias, which spares a copy of it for each window; on a CPU they come a few at a time, which
+    spares memory and keeps them in the cache.
+    """
+    per_window, parts = len(windows.gather) // len(windows.kinds), []
+    step = max(1, ROWS // per_window) if tokens.is_cpu else len(windows.kinds)
+    gather = windows.gather.view(-1, per_window).split(windows.counts)
+    for kind, added in zip(gather, bias, strict=True):
+        for index in kind.split(step):
+            qkv = tokens.index_select(0, index.flatten()).view(
+                -1, bias.shape[-1], 3, heads, tokens.shape[1] // heads // 3
+            )
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (n * B, heads, N, D)
+            y = F.scaled_dot_product_attention(q, k, v, added[None]).transpose(1, 2)  # (n * B, N, heads, D)
+            parts.append(y.reshape(-1, tokens.shape[1] // 3))
+    return torch.cat(parts)
 
 
 class WindowAttention(nn.Module):
@@ -164,19 +165,21 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
         self.register_buffer("relative_position_index", relative_positions(window), persistent=False)
-        self.register_buffer("masks", shift_masks(window, shift) if shift else None, persistent=False)
+        self.register_buffer("masks", shift_masks(window, shift), persistent=False)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, area = x.shape[0], x.shape[:3].numel(), self.window**2
-        windows = windows_of(x, self.window, self.shift)
-        qkv = self.qkv(x.flatten(0, 2))  # (T, 3C)
-        qkv = ToWindows.apply(qkv, self.qkv.bias.to(qkv.dtype), windows.gather, windows.order)  # (P, 3C)
+        windows, area, rows = windows_of(x, self.window, self.shift), self.window**2, x.flatten(0, 2)
         bias = self.relative_position_bias_table.index_select(0, self.relative_position_index)  # (N * N, heads)
-        bias = bias.view(area, area, self.heads).permute(2, 0, 1).to(qkv.dtype)
-        y = attend(qkv.view(-1, batch, area, 3, self.heads, x.shape[-1] // self.heads), bias, self.masks, windows)
-        y = FromWindows.apply(y, tokens, windows.gather, windows.order)  # (T, C)
-        return self.proj(y).view(x.shape)
+        bias = bias.view(area, area, self.heads).permute(2, 0, 1)
+        tokens = self.qkv(F.pad(rows, (0, 0, 0, 1)))  # (T + 1, 3C): what pads a map after its norm is zero
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            qkv = ToWindows.apply(tokens, windows.gather, windows.order)  # (P, 3C)
+            qkv = qkv.view(len(windows.kinds), len(x), area, 3, self.heads, -1)
+            y = attend(qkv, bias + self.masks[windows.kinds][:, None, None] if self.shift else bias)
+        else:
+            y = attend_by_kind(tokens, (bias + self.masks[:, None]).to(tokens.dtype), self.heads, windows)
+        return self.proj(FromWindows.apply(y, len(rows), windows.gather, windows.order)).view(x.shape)
 
 
 class Mlp(nn.Module):
@@ -188,9 +191,9 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.fc2(F.gelu(self.fc1(x)))
-        rows = x.flatten(0, -2).split(MLP_ROWS)
+        rows = x.flatten(0, -2).split(ROWS)
         return torch.cat([self.fc2(F.gelu(self.fc1(r))) for r in rows]).view(x.shape)
 
 
