@@ -65,6 +65,24 @@ def trade_off(
     return points
 
 
+def parse_gates(words: Sequence[str]) -> dict[float, str]:
+    """Turn ``BETA=CHECKPOINT`` into checkpoints by beta.
+
+    Raises:
+        ValueError: a word is not of that form.
+    """
+    gates = {}
+    for word in words:
+        beta, _, checkpoint = word.partition("=")
+        try:
+            gates[float(beta)] = checkpoint
+        except ValueError:
+            checkpoint = ""
+        if not checkpoint:
+            raise ValueError(f"--gate {word}: write BETA=CHECKPOINT, e.g. 0.0005=work_dirs/gate/iter_1000.pth")
+    return gates
+
+
 def _origin(records: Records, source: Source) -> dict[str, Any]:
     return dict(
         config=source.config,

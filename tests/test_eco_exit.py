@@ -44,6 +44,15 @@ class SingleLevelStack(nn.Module):
         return 100 * context[0] * context[1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Times are of this process, whatever else the machine does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 STACKS = {
     "deformable": dict(type="DeformablePixelDecoder", embed_dim=32, mask_dim=32, num_heads=4, ffn_dim=64),
     "single level": dict(type="SingleLevelStack"),

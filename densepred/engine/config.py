@@ -122,8 +122,9 @@ def drop_orphans(bases: dict, leaf: dict, merged: dict) -> dict:
 
     (A leaf with a pipeline of its own need not link to every number of the base's pipeline.)
     """
-    orphans = (links_in(bases) - links_in(merged)) & bases.keys() - leaf.keys() - runner_keys()
-    return {key: value for key, value in merged.items() if key not in orphans}
+    while orphans := (links_in(bases) - links_in(merged)) & merged.keys() & bases.keys() - leaf.keys() - runner_keys():
+        merged = {key: value for key, value in merged.items() if key not in orphans}  # may have held links of its own
+    return merged
 
 
 def links_in(node: Any) -> set[str]:
