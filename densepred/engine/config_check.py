@@ -57,7 +57,7 @@ REGISTRY_OF_KEY = {
 
 SUPPLIED = {
     "self", "runner", "dataloader", "evaluator", "params", "optimizer", "seed", "module", "in_channels", "in_strides",
-    "level_channels", "encoder_channels", "dataset", "name", "filename", "save_dir",
+    "level_channels", "encoder_channels", "dataset", "name", "filename", "save_dir", "param_name",
 }  # fmt: skip
 """Required arguments that the code fills in where the config does not."""
 
