@@ -42,7 +42,6 @@ train_dataloader = dict(
         type="${dataset_type}",
         data_root="${data_root}",
         split="train",
-        filter_empty=True,
         seed="${seed}",
         pipeline="${train_pipeline}",
     ),
