@@ -16,6 +16,15 @@ META, EXPECTED = parity.case(parity.CASES / "eco_m2f_swin_t_coco")
 DEPTHS = META["config"]["gating"]["exits"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A second thread gains nothing at these sizes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def model() -> AdaptiveSegmentor:
     model = densepred.build_model(CONFIGS / "eco_m2f_swin_t_coco.py", {"model.train": "gate"}).double().eval()
