@@ -6,6 +6,7 @@ Everything is float64, position encodings included on both sides, so nothing is 
 import pytest
 import torch
 
+from densepred.engine import benchmark_model
 from densepred.engine.benchmark_model import (
     equal_points,
     huggingface_twin,
@@ -35,10 +36,10 @@ MAX_ERROR = 1e-9
 NUM_CLASSES = 5
 
 
-def config_of(encoder):
+def small_config(encoder, num_classes=NUM_CLASSES):
     return mask2former_config(
-        ENCODERS[encoder],
-        NUM_CLASSES,
+        encoder,
+        num_classes,
         dict(embed_dim=32, mask_dim=24, num_layers=2, num_heads=4, ffn_dim=40),
         embed_dim=40,  # not the pixel decoder's: the levels are projected
         num_heads=4,
@@ -59,7 +60,7 @@ def distinct_weights(model):
 @pytest.fixture(scope="module", params=ENCODERS)
 def pair(request):
     """Our model, filled, and a twin that got its weights through a file's names."""
-    config = config_of(request.param)
+    config = small_config(ENCODERS[request.param])
     model = MODELS.build(config).double()
     distinct_weights(model)
     model.head.criterion.num_points, model.head.criterion.num_candidates, model.head.criterion.num_uncertain = (
@@ -171,3 +172,29 @@ def test_losses_and_gradients_are_the_same_at_equal_points(pair, images):
     for key, grad in mine.items():
         scale = max(1.0, float(other[key].abs().max()))
         assert_close(grad / scale, other[key] / scale)
+
+
+@pytest.fixture
+def small_benchmark(monkeypatch):
+    monkeypatch.setitem(benchmark_model.ENCODERS, "tiny", ENCODERS["swin"])
+    monkeypatch.setattr(benchmark_model, "mask2former_config", small_config)
+    monkeypatch.setattr(benchmark_model, "_peak_of_process", lambda *_: 7.0)
+
+
+def test_the_benchmark_prints_a_row_a_job_once_both_agree(small_benchmark):
+    lines = benchmark_model.benchmark_model(["tiny"], size=64, repeats=1).splitlines()
+    for job, line in zip(benchmark_model.JOBS, lines[3:6], strict=True):
+        ours, theirs, ratio, *_ = line.removeprefix(job).replace("x", "").split()
+        assert line.startswith(job) and float(ratio) == pytest.approx(float(theirs) / float(ours), rel=0.05)
+        assert line.split()[-2:] == ["7", "7"]
+    assert lines[-1].startswith("largest relative differences: class logits ")
+    with pytest.raises(ValueError, match="encoder='swin': the benchmark knows swin_t, r50, tiny"):
+        benchmark_model.measure_model("swin")
+
+
+def test_the_benchmark_refuses_to_time_what_differs(small_benchmark):
+    pair = benchmark_model.Pair("tiny", 64)
+    with torch.no_grad():
+        pair.twin.class_predictor.bias += 0.1
+    with pytest.raises(ValueError, match="ours and theirs do not agree, so their times say nothing"):
+        pair.differences()

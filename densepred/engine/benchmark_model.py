@@ -37,6 +37,9 @@ NUM_CLASSES, NUM_TARGETS = 133, 12
 JOBS = ("forward", "criterion", "training step")
 PURPOSES = ("matching", "candidates", "random")
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
+THEIRS_ALONE = ("empty_weight", "swin.layernorm.weight", "swin.layernorm.bias", "num_batches_tracked")
+"""Endings of keys without a counterpart: the loss's class weights, a norm that nobody reads, counters of steps."""
+
 TOLERANCE = 2e-3
 """Largest difference of an output, relative to the largest value, and of a loss term, in float32."""
 
@@ -70,15 +73,14 @@ def huggingface_twin(config: Mapping[str, Any], model: nn.Module) -> nn.Module:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    decoder, head = model.decoder, model.head
-    layer = decoder.layers[0]
+    decoder, head, weights = model.decoder, model.head, to_official(model.state_dict(), "transformers")
     theirs = Mask2FormerConfig(
         backbone_config=_twin_encoder(config["encoder"]),
         num_labels=head.num_classes,
         feature_size=decoder.embed_dim,
         mask_feature_size=decoder.channels,
         encoder_layers=decoder.num_layers,
-        encoder_feedforward_dim=layer.linear1.out_features,
+        encoder_feedforward_dim=decoder.layers[0].linear1.out_features,
         hidden_dim=head.query_feat.shape[1],
         num_attention_heads=config["head"].get("num_heads", 8),
         dim_feedforward=head.layers[0].ffn.linear1.out_features,
@@ -89,12 +91,11 @@ def huggingface_twin(config: Mapping[str, Any], model: nn.Module) -> nn.Module:
     twin, info = Mask2FormerForUniversalSegmentation.from_pretrained(
         None,
         config=theirs,
-        state_dict=to_official(model.state_dict(), "transformers"),
+        state_dict={key: value.clone() for key, value in weights.items()},  # or both would share their memory
         output_loading_info=True,
         dtype=head.query_feat.dtype,
     )
-    without = {key for key in info["missing_keys"] if not key.endswith(("empty_weight", "swin.layernorm.weight"))}
-    without -= {key for key in without if key.endswith(("swin.layernorm.bias", "num_batches_tracked"))}
+    without = [key for key in info["missing_keys"] if not key.endswith(THEIRS_ALONE)]
     if without or info["unexpected_keys"] or info["mismatched_keys"]:
         raise ValueError(f"the twin does not take our weights: {info}")
     return twin.eval()
