@@ -55,15 +55,12 @@ def test_nothing_counts():
     assert all(np.isnan(quality[name]) for name in ("mIoU", "mAcc", "aAcc", "fwIoU", "mDice", "mPrecision"))
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
-@pytest.mark.parametrize("value, shown", [(3, "3"), (254, "254"), (-1, "-1")])
-def test_labels_outside_the_classes_are_errors(value, shown, dtype):
-    if value < 0 and dtype is np.uint8:
-        pytest.skip("unsigned")
+@pytest.mark.parametrize("value, dtype", [(3, np.uint8), (254, np.uint8), (3, np.int64), (-1, np.int16)])
+def test_labels_outside_the_classes_are_errors(value, dtype):
     good, bad = np.zeros((2, 2), dtype), np.array([[0, value], [0, 0]], dtype)
-    with pytest.raises(ValueError, match=rf"predicted labels {shown} are outside 0..2"):
+    with pytest.raises(ValueError, match=rf"predicted labels {value} are outside 0..2"):
         confusion_matrix(good, bad, 3)
-    with pytest.raises(ValueError, match=rf"true labels {shown} are outside 0..2, .*ignore_index=255"):
+    with pytest.raises(ValueError, match=rf"true labels {value} are outside 0..2, .*ignore_index=255"):
         confusion_matrix(bad, good, 3)
 
 
