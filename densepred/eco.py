@@ -88,10 +88,13 @@ class Measurement:
             embed_dim=decoder.decoder.embed_dim,
             depths=list(decoder.depths),
         )
-        identity = dict(dataset=named | {"digest": _digest(ids)}, metainfo=dict(dataset.metainfo), model=model)
-        return json.loads(
-            json.dumps(identity | {"settings": _digest(self.settings)})
-        )  # tuples become lists, as in files
+        identity = dict(
+            dataset=named | {"digest": _digest(ids)},
+            metainfo=dict(dataset.metainfo),
+            model=model,
+            settings=_digest(self.settings),
+        )
+        return json.loads(json.dumps(identity))  # tuples become lists, as in files
 
     @torch.no_grad()
     def __call__(self, index: int) -> dict[str, Any]:
@@ -298,7 +301,8 @@ def derive(source: Source, out: str | Path, betas: Sequence[float] = BETAS, work
 def _derived(source: Source, out: Path, workers: int) -> Derived:
     path = out.with_suffix(".records.jsonl")
     records = measure(source, path, workers)
-    made = dict(config=source.config, checkpoint=str(Path(source.checkpoint).resolve()))
+    words = [f"{key}={str(value).replace(' ', '')}" for key, value in source.cfg_options.items()]
+    made = dict(config=source.config, checkpoint=str(Path(source.checkpoint).resolve()), cfg_options=words)
     images = [image | {"quality": q} for image, q in zip(records.images, records.quality.tolist(), strict=True)]
     header = records.identity | {"made_with": made}
     derived = write_derived(out, header, images, torch.from_numpy(records.vectors))

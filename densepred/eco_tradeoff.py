@@ -102,7 +102,10 @@ def point(records: Records, depths: Sequence[int], **policy: Any) -> dict[str, A
 
     Returns:
         ``policy``, then ``PQ``, ``PQ_th``, ``PQ_st`` in percent, ``mean_depth``, ``encoder_gflops`` (in the layers run,
-        mean of the images) and ``images_by_depth``.
+        mean of the images) and ``images_by_depth``. Without things or stuff their PQ is ``None``.
+
+    Raises:
+        ValueError: no segment counts in any image.
     """
     depths = np.asarray(depths)
     metainfo, exits = records.identity["metainfo"], records.identity["model"]["depths"]
@@ -111,6 +114,10 @@ def point(records: Records, depths: Sequence[int], **policy: Any) -> dict[str, A
         run = rows[rows[:, 0] == exits.index(depth)]
         total[run[:, 1].astype(int)] += run[:, 2:]
     quality = panoptic_quality(total, metainfo["isthing"])
+    if not quality["All"]["n"]:
+        raise ValueError(
+            f"{records.identity['dataset']['source']}: no image has a segment that counts; nothing to compare"
+        )
     groups = dict(PQ="All", PQ_th="Things", PQ_st="Stuff")
     return dict(
         **policy,

@@ -75,9 +75,10 @@ class Derived:
                 return entry["depths"]
         known = ", ".join(str(entry["beta"]) for entry in self.record["betas"])
         made = self.record["made_with"]
+        options = " ".join(["", "--cfg-options", *made["cfg_options"]]) if made["cfg_options"] else ""
         raise ValueError(
             f"{self.path} has no ideal depths for beta={beta} (it has {known}); add them, which needs no forward pass: "
-            f"{COMMAND} {made['config']} {made['checkpoint']} --out {self.path} --betas {beta}"
+            f"{COMMAND} {made['config']} {made['checkpoint']} --out {self.path} --betas {beta}{options}"
         )
 
     def vectors(self) -> Tensor:
