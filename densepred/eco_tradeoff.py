@@ -169,10 +169,10 @@ def picture(points: Sequence[Mapping]) -> np.ndarray:
         line = sorted((p for p in points if p["policy"] == policy), key=lambda p: p["encoder_gflops"])
         if line:
             axes.plot([p["encoder_gflops"] for p in line], [p["PQ"] for p in line], markersize=5, **style)
-        for p in line:
-            name = str(p["depth"]) if policy == "fixed" else f"{p['beta']:g}"
+        for at, names in _labels(line).items():
+            label = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             where = dict(xytext=(4, 4), textcoords="offset points", fontsize="x-small", color=style["color"])
-            axes.annotate(name, (p["encoder_gflops"], p["PQ"]), **where)
+            axes.annotate(label, at, **where)
     axes.set_xlabel("encoder layers, GFLOPs an image (1 multiply-add = 1)")
     axes.set_ylabel("PQ")
     axes.grid(alpha=0.3)
@@ -181,3 +181,11 @@ def picture(points: Sequence[Mapping]) -> np.ndarray:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _labels(points: Sequence[Mapping]) -> dict[tuple[float, float], list[str]]:
+    """Return the depths or betas of points by where they lie: several betas may choose alike."""
+    labels: dict[tuple[float, float], list[str]] = {}
+    for p in sorted(points, key=lambda p: p.get("beta", 0)):
+        labels.setdefault((p["encoder_gflops"], p["PQ"]), []).append(f"{p.get('beta', p.get('depth')):g}")
+    return labels
