@@ -197,6 +197,7 @@ def test_exports_with_another_size(family, small_convnext):
         (lambda: ResNet(51), "depth=51: ResNet knows 18, 34, 50, 101, 152"),
         (lambda: ResNet(18, stem="7×7"), "ResNet knows 7x7, deep"),
         (lambda: ResNet(18, ("res2", "res6")), "no map 'res6'; did you mean 'res"),
+        (lambda: ResNet(18, frozen_norm=True, zero_init_residual=True), "blocks would stay zero; drop one of the two"),
         (lambda: ConvNeXt("huge"), "arch='huge': ConvNeXt knows tiny, small, base, large"),
         (lambda: ConvNeXt("tiny", ("layer1",)), "no map 'layer1'; known: res2, res3, res4, res5, stem"),
     ],
@@ -210,3 +211,43 @@ def test_unknown_options_are_named_with_the_known_ones(build, message):
 def test_depth_table_is_the_papers():
     # A layer count is the stem, the convolutions of all blocks, and the classifier.
     assert {d: 2 + sum(b) * (2 if d < 50 else 3) for d, b in BLOCKS.items()} == {d: d for d in BLOCKS}
+
+
+def test_frozen_norms_reproduce_the_official_features():
+    meta, expected = parity.case(parity.CASES / "mask2former_r50_coco_panoptic")
+    state = {k.removeprefix("backbone."): v for k, v in parity.filled_state(meta).items() if k.startswith("backbone.")}
+    model = ResNet(50, frozen_norm=True).double()  # in training mode, where it must not matter
+    model.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()})
+    with torch.no_grad():
+        maps = model(torch.from_numpy(parity.image_batch(meta)))
+    for name, found in zip(model.out_features, maps, strict=True):
+        error = np.abs(parity.thin(found.numpy(), meta["outputs"][name]) - expected[name]).max()
+        assert error <= 1e-12 * np.abs(expected[name]).max(), name
+
+
+@pytest.mark.parametrize("stem", ["7x7", "deep"])
+def test_frozen_norms_are_batch_norms_in_evaluation(stem):
+    torch.manual_seed(0)
+    plain, frozen = (ResNet(18, stem=stem, norm_eps=1e-2, frozen_norm=f).double() for f in (False, True))
+    for buffer in plain.state_dict().values():
+        if buffer.ndim == 1:
+            nn.init.uniform_(buffer, 0.5, 1.5)
+    frozen.load_state_dict({k: v for k, v in plain.state_dict().items() if not k.endswith("num_batches_tracked")})
+    images = torch.randn(2, 3, 49, 61, dtype=torch.float64)
+    for a, b in zip(frozen.train()(images), plain.eval()(images), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * float(b.detach().abs().max()))
+    x = torch.randn(2, 64, 3, 5, dtype=torch.float64)
+    torch.testing.assert_close(frozen.res2[0].conv1.norm(x), plain.res2[0].conv1.norm(x))
+
+
+def test_frozen_norms_neither_learn_nor_count():
+    torch.manual_seed(0)
+    model = ResNet(18, frozen_norm=True).train()
+    before = {k: v.clone() for k, v in model.named_buffers()}
+    assert not [k for k, _ in model.named_parameters() if ".norm." in k]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    optimizer.step()
+    after = dict(model.named_buffers())
+    assert len(after) == 4 * 20 and all(torch.equal(after[k], v) for k, v in before.items())

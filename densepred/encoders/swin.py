@@ -34,8 +34,8 @@ class Windows:
     Windows are the first axis, sorted by kind, images the second. P - T places lie outside the map.
 
     Attributes:
-        gather: (P,) token at each place, T at a place outside.
-        order: (P,) place of each of the T tokens, then the places outside.
+        gather: (P,) token at each place, from 1; 0 at a place outside.
+        order: (P,) the places outside, then the place of each token.
         kinds: (n,) kind of each window: 0 inner, 1 right edge, 2 bottom edge, 3 corner; all 0 without a shift.
         counts: windows of each kind that there can be.
     """
@@ -48,9 +48,9 @@ class Windows:
 
 def cut_windows(batch: int, height: int, width: int, window: int, shift: int, device: torch.device) -> Windows:
     """Windows of ``window`` x ``window`` tokens over ``batch`` maps padded right and below, moved by ``shift``."""
-    rows, columns, tokens = -(-height // window), -(-width // window), batch * height * width
-    token = torch.arange(tokens, device=device).view(batch, height, width)
-    token = F.pad(token, (0, columns * window - width, 0, rows * window - height), value=tokens)
+    rows, columns = -(-height // window), -(-width // window)
+    token = torch.arange(batch * height * width, device=device).view(batch, height, width) + 1
+    token = F.pad(token, (0, columns * window - width, 0, rows * window - height))
     token = token.roll((-shift, -shift), dims=(1, 2)).view(batch, rows, window, columns, window)
     token = token.permute(1, 3, 0, 2, 4).reshape(rows * columns, -1)  # (n, B * N)
     kinds, counts = token.new_zeros(rows * columns), (rows * columns,)
@@ -76,20 +76,20 @@ def windows_of(x: Tensor, window: int, shift: int) -> Windows:
 
 
 class ToWindows(torch.autograd.Function):
-    """Tokens (T + 1, C), the last one for places outside the map -> places (P, C).
+    """Tokens (1 + T, C), the first one for places outside the map -> places (P, C).
 
     A function of its own because the gradient of indexing adds rows up one by one; this one reads them in token order.
     """
 
     @staticmethod
     def forward(ctx, tokens: Tensor, gather: Tensor, order: Tensor) -> Tensor:
-        ctx.order = order.tensor_split([len(tokens) - 1])
+        ctx.order = order.tensor_split([order.shape[0] - tokens.shape[0] + 1])
         return tokens.index_select(0, gather)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inside, outside = (grad.index_select(0, places) for places in ctx.order)
-        return torch.cat([inside, outside.sum(0, keepdim=True)]), None, None
+        outside, inside = (grad.index_select(0, places) for places in ctx.order)
+        return torch.cat([outside.sum(0, keepdim=True), inside]), None, None
 
 
 class FromWindows(torch.autograd.Function):
@@ -98,11 +98,11 @@ class FromWindows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, places: Tensor, count: int, gather: Tensor, order: Tensor) -> Tensor:
         ctx.gather = gather
-        return places.index_select(0, order[:count])
+        return places.index_select(0, order[order.shape[0] - count :])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return F.pad(grad, (0, 0, 0, 1)).index_select(0, ctx.gather), None, None, None
+        return F.pad(grad, (0, 0, 1, 0)).index_select(0, ctx.gather), None, None, None
 
 
 def shift_masks(window: int, shift: int) -> Tensor:
@@ -136,7 +136,7 @@ def attend(qkv: Tensor, bias: Tensor) -> Tensor:
 
 
 def attend_by_kind(tokens: Tensor, bias: Tensor, heads: int, windows: Windows) -> Tensor:
-    """Attention in windows: tokens (T + 1, 3C), bias (kinds, heads, N, N) of the logits -> (P, C).
+    """Attention in windows: tokens (1 + T, 3C), bias (kinds, heads, N, N) of the logits -> (P, C).
 
     Windows of one kind share a bias, which spares a copy of it for each window; on a CPU they come a few at a time, which
     spares memory and keeps them in the cache.
@@ -172,14 +172,14 @@ class WindowAttention(nn.Module):
         windows, area, rows = windows_of(x, self.window, self.shift), self.window**2, x.flatten(0, 2)
         bias = self.relative_position_bias_table.index_select(0, self.relative_position_index)  # (N * N, heads)
         bias = bias.view(area, area, self.heads).permute(2, 0, 1)
-        tokens = self.qkv(F.pad(rows, (0, 0, 0, 1)))  # (T + 1, 3C): what pads a map after its norm is zero
+        tokens = self.qkv(F.pad(rows, (0, 0, 1, 0)))  # (1 + T, 3C): what pads a map after its norm is zero
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             qkv = ToWindows.apply(tokens, windows.gather, windows.order)  # (P, 3C)
-            qkv = qkv.view(len(windows.kinds), len(x), area, 3, self.heads, -1)
+            qkv = qkv.view(windows.kinds.shape[0], x.shape[0], area, 3, self.heads, -1)
             y = attend(qkv, bias + self.masks[windows.kinds][:, None, None] if self.shift else bias)
         else:
             y = attend_by_kind(tokens, (bias + self.masks[:, None]).to(tokens.dtype), self.heads, windows)
-        return self.proj(FromWindows.apply(y, len(rows), windows.gather, windows.order)).view(x.shape)
+        return self.proj(FromWindows.apply(y, rows.shape[0], windows.gather, windows.order)).view(x.shape)
 
 
 class Mlp(nn.Module):
@@ -223,8 +223,10 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, 2, W/2, 2, C)
+        batch, height, width, channels = x.shape
+        rows, columns = -(-height // 2), -(-width // 2)
+        x = F.pad(x, (0, 0, 0, 2 * columns - width, 0, 2 * rows - height))
+        x = x.view(batch, rows, 2, columns, 2, channels)
         return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))  # rows run faster than columns
 
 
@@ -237,7 +239,8 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
+        height, width = x.shape[-2:]
+        x = F.pad(x, (0, -(-width // 4) * 4 - width, 0, -(-height // 4) * 4 - height))
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
