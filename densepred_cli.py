@@ -81,13 +81,16 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     cityscapes = tasks.add_parser("cityscapes-instance", help="Cityscapes results format: AP, AP50")
     cityscapes.add_argument("--gt", required=True, metavar="DIR", help="folder with *_gtFine_instanceIds.png below it")
     cityscapes.add_argument("--pred", required=True, metavar="DIR", help="folder of the text files and their masks")
+    frames = tasks.add_parser("cityscapes-semantic", help="Cityscapes label maps: IoU and iIoU, classes and categories")
+    frames.add_argument("--gt", required=True, metavar="DIR", help="folder with *_gtFine_instanceIds.png below it")
+    frames.add_argument("--pred", required=True, metavar="DIR", help="label ids, one PNG a frame, named like it")
     semantic = tasks.add_parser("semantic", help="label maps: mIoU, mean accuracy, accuracy")
     semantic.add_argument("--gt", required=True, metavar="DIR", help="label maps")
     semantic.add_argument("--pred", required=True, metavar="DIR", help="label maps of the same names")
     semantic.add_argument("--num-classes", required=True, type=int)
     semantic.add_argument("--ignore-index", type=int, default=255)
     semantic.add_argument("--reduce-zero-label", action="store_true", help="truth: 0 is ignored, k means class k - 1")
-    for task in (panoptic, instance, cityscapes, semantic):
+    for task in (panoptic, instance, cityscapes, frames, semantic):
         task.add_argument("--out", metavar="JSON", help="write the figures, in 0..1 with full precision")
 
 
@@ -102,6 +105,10 @@ def run_evaluate(args: argparse.Namespace) -> None:
         evaluate_and_print(args.gt, args.pred, args.iou_type, args.out)
     elif args.task == "cityscapes-instance":
         from densepred.evaluation.cityscapes_instance import evaluate_and_print
+
+        evaluate_and_print(args.gt, args.pred, args.out)
+    elif args.task == "cityscapes-semantic":
+        from densepred.evaluation.cityscapes_semantic import evaluate_and_print
 
         evaluate_and_print(args.gt, args.pred, args.out)
     else:
@@ -137,12 +144,22 @@ def add_benchmark(parser: argparse.ArgumentParser) -> None:
     evaluators.add_argument("--pred", metavar="JSON")
     evaluators.add_argument("--pred-dir", metavar="DIR")
     evaluators.add_argument("--repeats", type=int, default=5)
+    model = subjects.add_parser("model", help="Mask2Former: forward, criterion and training step, one thread")
+    model.add_argument("--baseline", choices=("transformers",), default="transformers")
+    model.add_argument("--encoder", nargs="+", choices=("swin_t", "r50"), default=["swin_t", "r50"])
+    model.add_argument("--size", type=int, default=512, help="side of the square image")
+    model.add_argument("--repeats", type=int, default=5)
 
 
 def run_benchmark(args: argparse.Namespace) -> None:
-    from densepred.evaluation.benchmark import benchmark_eval
+    if args.subject == "eval":
+        from densepred.evaluation.benchmark import benchmark_eval
 
-    print(benchmark_eval(args.gt, args.gt_dir, args.pred, args.pred_dir, args.repeats))
+        print(benchmark_eval(args.gt, args.gt_dir, args.pred, args.pred_dir, args.repeats))
+    else:
+        from densepred.engine.benchmark_model import benchmark_model
+
+        print(benchmark_model(args.encoder, args.size, args.repeats))
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
@@ -158,6 +175,52 @@ def run_predict(args: argparse.Namespace) -> None:
     from densepred.inference import predict_to_file
 
     predict_to_file(args.config, args.checkpoint, args.image, args.out, args.device)
+
+
+def add_eco_source(parser: argparse.ArgumentParser) -> None:
+    """Add what the tools of ECO-M2F share."""
+    parser.add_argument("config", help="the parent's")
+    parser.add_argument("checkpoint", help="the parent's weights")
+    parser.add_argument(
+        "--betas", nargs="+", type=float, metavar="BETA", help="the PQ that a layer less is worth, 0..1"
+    )
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0 measures in this one")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; with workers they share all GPUs")
+    parser.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE")
+
+
+def eco_source(args: argparse.Namespace, split: str) -> dict:
+    """Return the arguments that the tools of ECO-M2F share."""
+    from densepred.eco import BETAS, Source
+
+    source = Source(args.config, args.checkpoint, split, args.device, options_of(args))
+    return dict(source=source, betas=args.betas or BETAS, workers=args.workers)
+
+
+def add_eco_derive(parser: argparse.ArgumentParser) -> None:
+    """ECO-M2F, step 2: measure every encoder depth on every image, derive the ideal one for each beta."""
+    add_eco_source(parser)
+    parser.add_argument("--out", required=True, metavar="JSON", help="a killed run goes on; further betas cost nothing")
+    parser.add_argument("--split", choices=("train", "val"), default="train")
+
+
+def run_eco_derive(args: argparse.Namespace) -> None:
+    from densepred.eco import derive
+
+    derive(out=args.out, **eco_source(args, args.split))
+
+
+def add_eco_tradeoff(parser: argparse.ArgumentParser) -> None:
+    """ECO-M2F: quality against encoder GFLOPs of gates, fixed depths and the oracle; a JSON and a plot."""
+    add_eco_source(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="what was measured stays there for the next call")
+    parser.add_argument("--gate", nargs="+", default=[], metavar="BETA=CHECKPOINT", help="the trained gates")
+
+
+def run_eco_tradeoff(args: argparse.Namespace) -> None:
+    from densepred.eco_tradeoff import parse_gates, trade_off
+
+    trade_off(out_dir=args.out, gates=parse_gates(args.gate), **eco_source(args, "val"))
 
 
 def add_print_config(parser: argparse.ArgumentParser) -> None:
@@ -179,6 +242,8 @@ COMMANDS: dict[str, tuple[Callable, Callable]] = {
     "predict": (add_predict, run_predict),
     "convert": (add_convert, run_convert),
     "benchmark": (add_benchmark, run_benchmark),
+    "eco-derive": (add_eco_derive, run_eco_derive),
+    "eco-tradeoff": (add_eco_tradeoff, run_eco_tradeoff),
     "print-config": (add_print_config, run_print_config),
 }
 

@@ -14,7 +14,7 @@ ROOMS = [
     {"losses", "ops"},
     {"encoders", "decoders", "heads"},
     {"segmentor", "data", "evaluation"},
-    {"engine", "inference", "visualization"},
+    {"engine", "inference", "visualization", "adaptive", "eco", "eco_tradeoff"},
 ]
 """From the ground up: a module imports from its own row and from those above it in this list."""
 

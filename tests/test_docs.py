@@ -19,12 +19,12 @@ PAGES = [
     ROOT / "datasets" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-TOOLS = {"convert_checkpoint": "convert"}
+TOOLS = {"convert_checkpoint": "convert", "eco_derive": "eco-derive", "eco_tradeoff": "eco-tradeoff"}
 
 
 def command_lines() -> list[str]:
     """Return every shown line that starts one of our commands."""
-    shown = re.compile(r"^\s*((?:python tools/\w+\.py|densepred) [^\n|]*)", re.MULTILINE)
+    shown = re.compile(r"^\s*((?:python tools/[\w/]+\.py|densepred) [^\n|]*)", re.MULTILINE)
     return [line.split("   #")[0].strip() for page in PAGES for line in shown.findall(page.read_text())]
 
 

@@ -19,7 +19,11 @@ OPTIONS = NO_CHECKPOINTS | {"train_cfg.max_iters": 1, "train_cfg.val_interval": 
 METRIC_OF_TASK = {"panoptic": "PQ", "semantic": "mIoU", "instance": "AP"}
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+# A gate needs what was derived with its parent: see test_eco_recipe.py.
+RECIPES = [path for path in sorted(CONFIGS.glob("*.py")) if not path.stem.endswith("_gate")]
+
+
+@pytest.mark.parametrize("config", RECIPES, ids=lambda path: path.stem)
 def test_recipe_runs_a_step(config: Path, make_shapes, tmp_path):
     layout = next(LAYOUTS[word] for word in config.stem.split("_") if word in LAYOUTS)
     options = small_recipe(config) | OPTIONS | {"data_root": str(make_shapes(layout))}
