@@ -7,7 +7,7 @@ and cost are sums over what was measured there.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +21,6 @@ from densepred.engine.checkpoint import read_checkpoint, state_dict_of
 from densepred.engine.conversion import fitting_weights, naming
 from densepred.evaluation.panoptic import panoptic_quality
 from densepred.visualization import write_png
-
-if TYPE_CHECKING:
-    pass
-
 
 def trade_off(
     source: Source,
