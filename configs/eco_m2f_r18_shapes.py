@@ -28,3 +28,5 @@ auto_scale_lr = dict(base_batch_size=8)
 default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=300))
 val_evaluator = dict(panoptic=[dict(type="PanopticQuality"), dict(type="EncoderDepth")])
 find_unused_parameters = True  # layers beyond a step's depth get no gradient
+train_dataloader = dict(batch_size=8, num_workers=1)
+val_dataloader = dict(batch_size=8, num_workers=1)

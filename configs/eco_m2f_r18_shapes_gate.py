@@ -25,15 +25,11 @@ model = dict(
         criterion=dict(num_points=1024),
     ),
 )
-train_dataloader = dict(
-    _delete_=True,
-    batch_size=64,
-    num_workers=0,  # a vector an image
-    sampler=dict(type="SeekableSampler"),
-    dataset=dict(type="GateDataset", derived="${derived}", beta="${beta}"),
-)
+train_dataset = dict(_delete_=True, type="GateDataset", derived="${derived}", beta="${beta}")
+train_dataloader = dict(batch_size=64, num_workers=0, persistent_workers=False)  # a vector an image
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 train_cfg = dict(max_iters=2000, val_interval=1000)
 auto_scale_lr = dict(base_batch_size=64)
 val_evaluator = dict(panoptic=[dict(type="PanopticQuality"), dict(type="EncoderDepth")])
 default_hooks = dict(logger=dict(interval=200), checkpoint=dict(interval=1000), parent=dict(type="GateParentHook"))
+val_dataloader = dict(batch_size=8, num_workers=1)

@@ -14,13 +14,8 @@ _base_ = [
 derived = "work_dirs/eco_m2f_swin_t_cityscapes/derived.json"
 beta = 0.003
 model = dict(train="gate")
-train_dataloader = dict(
-    _delete_=True,
-    batch_size=8,
-    num_workers=0,  # a vector an image
-    sampler=dict(type="SeekableSampler"),
-    dataset=dict(type="GateDataset", derived="${derived}", beta="${beta}"),
-)
+train_dataset = dict(_delete_=True, type="GateDataset", derived="${derived}", beta="${beta}")
+train_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False)  # a vector an image
 param_scheduler = [dict(type="WarmupPolyLR", warmup_iters=0, power=0.9, end="${train_cfg.max_iters}")]
 train_cfg = dict(max_iters=50_000, val_interval=2000)
 val_evaluator = dict(panoptic=[dict(type="PanopticQuality"), dict(type="EncoderDepth")])

@@ -14,12 +14,7 @@ _base_ = [
 derived = "work_dirs/eco_m2f_swin_t_coco/derived.json"
 beta = 0.0005
 model = dict(train="gate")
-train_dataloader = dict(
-    _delete_=True,
-    batch_size=8,
-    num_workers=0,  # a vector an image
-    sampler=dict(type="SeekableSampler"),
-    dataset=dict(type="GateDataset", derived="${derived}", beta="${beta}"),
-)
+train_dataset = dict(_delete_=True, type="GateDataset", derived="${derived}", beta="${beta}")
+train_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False)  # a vector an image
 val_evaluator = dict(panoptic=[dict(type="PanopticQuality"), dict(type="EncoderDepth")])
 default_hooks = dict(parent=dict(type="GateParentHook"))

@@ -31,3 +31,5 @@ default_hooks = dict(
     checkpoint=dict(interval=300),
     norm_momentum=dict(type="BatchNormMomentumHook", momentum=0.1),
 )
+train_dataloader = dict(batch_size=8, num_workers=1)
+val_dataloader = dict(batch_size=8, num_workers=1)

@@ -19,11 +19,10 @@ train_pipeline = [
     dict(type="ResizeToFit", size="${image_size}"),
     dict(type="PackSegInputs"),
 ]
-train_dataloader = dict(batch_size=5, num_workers=1, dataset=dict(indices="${indices}"))
-val_dataloader = dict(
-    num_workers=1,
-    dataset=dict(ann_file="annotations/panoptic_train2017.json", image_dir="train2017", indices="${indices}"),
-)
+train_dataloader = dict(batch_size=5, num_workers=1)
+train_dataset = dict(indices="${indices}")
+val_dataloader = dict(num_workers=1)
+val_dataset = dict(ann_file="annotations/panoptic_train2017.json", image_dir="train2017", indices="${indices}")
 model = dict(
     head=dict(drop_path=0.0, mask_scale=2.0, aux_semantic=None, criterion=dict(insdis_sample_k=512)),
 )

@@ -21,8 +21,10 @@ test_pipeline = [
     "${load_labels}",
     dict(type="PackSegInputs"),
 ]
-train_dataloader = dict(batch_size=3, num_workers=1, dataset=dict(split="val", indices="${indices}"))
-val_dataloader = dict(num_workers=1, dataset=dict(indices="${indices}"))
+train_dataloader = dict(batch_size=3, num_workers=1)
+train_dataset = dict(split="val", indices="${indices}")
+val_dataloader = dict(num_workers=1)
+val_dataset = dict(indices="${indices}")
 model = dict(
     encoder=dict(depth=18, frozen_norm=False),
     decoder=dict(embed_dim=128, mask_dim=128, num_layers=3, ffn_dim=512),

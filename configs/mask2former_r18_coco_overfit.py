@@ -22,8 +22,10 @@ test_pipeline = [
     "${load_labels}",
     dict(type="PackSegInputs"),
 ]
-train_dataloader = dict(batch_size=5, num_workers=1, dataset=dict(indices="${indices}"))
-val_dataloader = dict(num_workers=1, dataset=dict(image_dir="train2017", indices="${indices}"))
+train_dataloader = dict(batch_size=5, num_workers=1)
+train_dataset = dict(indices="${indices}")
+val_dataloader = dict(num_workers=1)
+val_dataset = dict(image_dir="train2017", indices="${indices}")
 val_evaluator = dict(instance=dict(ann_file="annotations/instances_train2017.json"))
 model = dict(
     encoder=dict(depth=18, frozen_norm=False),

@@ -23,3 +23,5 @@ optim_wrapper = dict(optimizer=dict(lr=5e-4), paramwise_cfg=dict(lr_mult=dict(en
 train_cfg = dict(max_iters=900, val_interval=300)
 auto_scale_lr = dict(base_batch_size=8)
 default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=300))
+train_dataloader = dict(batch_size=8, num_workers=1)
+val_dataloader = dict(batch_size=8, num_workers=1)

@@ -68,8 +68,8 @@ GATING = {
     "default_hooks.checkpoint.interval": 60,
     "optim_wrapper.optimizer.lr": 0.05,
     "optim_wrapper.clip_grad.max_norm": 10.0,
-    "val_dataloader.dataset.ann_file": "annotations/panoptic_train2017.json",
-    "val_dataloader.dataset.image_dir": "train2017",
+    "val_dataset.ann_file": "annotations/panoptic_train2017.json",
+    "val_dataset.image_dir": "train2017",
 }
 """The gate is validated on the images whose targets it learns by heart."""
 

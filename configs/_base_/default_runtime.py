@@ -1,4 +1,4 @@
-"""What every recipe shares: seeds, logs, checkpoints, the checks before the first step."""
+"""What every recipe shares: seeds, data loaders, logs, checkpoints, the checks before the first step."""
 
 seed = 0
 randomness = dict(seed="${seed}")
@@ -10,6 +10,23 @@ load_from = None
 resume = False
 ema = False
 loggers = []
+
+train_dataloader = dict(
+    batch_size=2,  # of one process; auto_scale_lr.base_batch_size is the recipe's total over all processes
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type="SeekableSampler"),
+    dataset="${train_dataset}",
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type="DefaultSampler", shuffle=False, round_up=False),
+    dataset="${val_dataset}",
+)
+test_dataloader = "${val_dataloader}"
+test_evaluator = "${val_evaluator}"
 
 default_hooks = dict(
     timer=dict(type="IterTimerHook"),

@@ -33,36 +33,22 @@ test_pipeline = [
     dict(type="PackSegInputs"),
 ]
 
-train_dataloader = dict(
-    batch_size=2,  # of one process; auto_scale_lr.base_batch_size is the recipe's total over all processes
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="SeekableSampler"),
-    dataset=dict(
-        type="${dataset_type}",
-        data_root="${data_root}",
-        split="train",
-        seed="${seed}",
-        pipeline="${train_pipeline}",
-    ),
+train_dataset = dict(
+    type="${dataset_type}",
+    data_root="${data_root}",
+    split="train",
+    seed="${seed}",
+    pipeline="${train_pipeline}",
 )
-val_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False, round_up=False),
-    dataset=dict(
-        type="${dataset_type}",
-        data_root="${data_root}",
-        split="val",
-        test_mode=True,
-        pipeline="${test_pipeline}",
-    ),
+val_dataset = dict(
+    type="${dataset_type}",
+    data_root="${data_root}",
+    split="val",
+    test_mode=True,
+    pipeline="${test_pipeline}",
 )
-test_dataloader = "${val_dataloader}"
 val_evaluator = dict(  # by task
     panoptic=dict(type="PanopticQuality"),
     semantic=dict(type="SemanticIoU"),
     instance=dict(type="CityscapesInstance", data_root="${data_root}"),
 )
-test_evaluator = "${val_evaluator}"

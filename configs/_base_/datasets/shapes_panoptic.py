@@ -24,41 +24,27 @@ test_pipeline = [
     dict(type="PackSegInputs"),
 ]
 
-train_dataloader = dict(
-    batch_size=8,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type="SeekableSampler"),
-    dataset=dict(
-        type="CocoPanoptic",
-        data_root="${data_root}",
-        ann_file="annotations/panoptic_train2017.json",
-        image_dir="train2017",
-        classes_from_file=True,
-        filter_empty=True,
-        seed="${seed}",
-        pipeline="${train_pipeline}",
-    ),
+train_dataset = dict(
+    type="CocoPanoptic",
+    data_root="${data_root}",
+    ann_file="annotations/panoptic_train2017.json",
+    image_dir="train2017",
+    classes_from_file=True,
+    filter_empty=True,
+    seed="${seed}",
+    pipeline="${train_pipeline}",
 )
-val_dataloader = dict(
-    batch_size=8,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False, round_up=False),
-    dataset=dict(
-        type="CocoPanoptic",
-        data_root="${data_root}",
-        ann_file="annotations/panoptic_val2017.json",
-        image_dir="val2017",
-        classes_from_file=True,
-        test_mode=True,
-        pipeline="${test_pipeline}",
-    ),
+val_dataset = dict(
+    type="CocoPanoptic",
+    data_root="${data_root}",
+    ann_file="annotations/panoptic_val2017.json",
+    image_dir="val2017",
+    classes_from_file=True,
+    test_mode=True,
+    pipeline="${test_pipeline}",
 )
-test_dataloader = "${val_dataloader}"
 val_evaluator = dict(  # by task
     panoptic=dict(type="PanopticQuality"),
     semantic=dict(type="SemanticIoU"),
     instance=dict(type="CocoInstance"),
 )
-test_evaluator = "${val_evaluator}"
