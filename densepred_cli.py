@@ -37,8 +37,10 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     from densepred.engine import report, runner
+    from densepred.engine.cures import leave_processes
 
     launched = runner.train(args.config, options_of(args), args.work_dir, args.resume, args.launcher, args.amp)
+    leave_processes()
     print(report.where_outputs_are(launched.work_dir))
 
 
@@ -59,9 +61,11 @@ def add_test(parser: argparse.ArgumentParser) -> None:
 
 def run_test(args: argparse.Namespace) -> None:
     from densepred.engine import report, runner
+    from densepred.engine.cures import leave_processes
 
     options = options_of(args) | ({"tasks": args.tasks} if args.tasks else {})
     launched = runner.test(args.config, args.checkpoint, options, args.work_dir, args.launcher, args.out, args.show_dir)
+    leave_processes()
     print(report.where_outputs_are(launched.work_dir))
 
 

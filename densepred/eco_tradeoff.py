@@ -22,6 +22,7 @@ from densepred.engine.conversion import fitting_weights, naming
 from densepred.evaluation.panoptic import panoptic_quality
 from densepred.visualization import write_png
 
+
 def trade_off(
     source: Source,
     out_dir: str | Path,

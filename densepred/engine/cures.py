@@ -171,6 +171,13 @@ def init_cpu_processes() -> None:
     torch.distributed.init_process_group("gloo")
 
 
+def leave_processes() -> None:
+    """Leave the process group, if there is one: gloo's threads can abort a process that ends within it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 @MODEL_WRAPPERS.register_module()
 class CPUDistributedDataParallel(MMDistributedDataParallel):
     """``MMDistributedDataParallel`` without device ids, for processes on CPU.
