@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import IterBasedTrainLoop
 from torch import nn
 
+from densepred.engine import cures
 from densepred.engine.cures import (
     AmpOptimWrapper,
     IterationSeedHook,
@@ -85,3 +87,12 @@ def test_amp_runs_in_bfloat16_on_cpu_and_updates_in_float32():
     wrapper.update_params(output.float().sum())
     assert layer.weight.dtype is torch.float32
     assert not torch.equal(layer.weight, before)
+
+
+def test_config_is_laid_out_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cures, "FormatCode", lambda text, **options: (calls.append(text), (text, True))[1])
+    cfg = Config(dict(probe=dict(type="LaidOutOnce", width=[1, 2, 3])))
+    assert cfg.pretty_text == cfg.pretty_text
+    assert "LaidOutOnce" in calls[0]
+    assert len(calls) == 1

@@ -8,13 +8,16 @@
 4. ``init_dist`` and ``MMDistributedDataParallel`` assume CUDA devices, so two processes on CPU fail:
    `init_cpu_processes`, `CPUDistributedDataParallel`.
 5. A NaN loss trains on in silence: `NonFiniteLossHook`.
+6. A run lays out its whole config as text six times, half a second each: `format_once`.
 """
 
+import functools
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import config as mmengine_config
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
@@ -23,11 +26,25 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import IterBasedTrainLoop
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from torch import nn
+from yapf.yapflib.yapf_api import FormatCode
 
 from densepred.registry import HOOKS, LOOPS, MODEL_WRAPPERS, OPTIM_WRAPPERS
 
 KEPT_HISTORY = 1000
 """Logged values kept in a checkpoint for each scalar: more than any smoothing window reads."""
+
+
+@functools.lru_cache(maxsize=4)
+def _formatted(text: str, options: tuple) -> tuple[str, bool]:
+    return FormatCode(text, style_config=dict(options))
+
+
+def format_once(text: str, style_config: dict) -> tuple[str, bool]:
+    """Lay out Python text as yapf does, and remember the latest results."""
+    return _formatted(text, tuple(style_config.items()))
+
+
+mmengine_config.FormatCode = format_once
 
 
 @HOOKS.register_module()
