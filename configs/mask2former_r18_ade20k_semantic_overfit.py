@@ -36,7 +36,7 @@ optim_wrapper = dict(
     paramwise_cfg=dict(lr_mult=dict(encoder=1.0)),
 )
 param_scheduler = [dict(type="WarmupPolyLR", warmup_iters=20, end="${train_cfg.max_iters}")]
-train_cfg = dict(max_iters=400, val_interval=100)
+train_cfg = dict(max_iters=300, val_interval=100)
 auto_scale_lr = dict(base_batch_size=3)
 default_hooks = dict(
     logger=dict(interval=10),
