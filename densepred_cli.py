@@ -173,12 +173,13 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--out", default="prediction.png", metavar="PNG", help="a .json beside it lists the segments")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--score-threshold", type=float, default=0.5, help="leave out instances below it, 0..1")
 
 
 def run_predict(args: argparse.Namespace) -> None:
     from densepred.inference import predict_to_file
 
-    predict_to_file(args.config, args.checkpoint, args.image, args.out, args.device)
+    predict_to_file(args.config, args.checkpoint, args.image, args.out, args.device, args.score_threshold)
 
 
 def add_eco_source(parser: argparse.ArgumentParser) -> None:

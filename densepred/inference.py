@@ -107,7 +107,12 @@ def predict_image(model: Segmentor, image: PathLike | np.ndarray) -> SegSample:
 
 
 def predict_to_file(
-    config: PathLike | Config, checkpoint: PathLike | None, image: PathLike, out: PathLike, device: str = "cpu"
+    config: PathLike | Config,
+    checkpoint: PathLike | None,
+    image: PathLike,
+    out: PathLike,
+    device: str = "cpu",
+    score_threshold: float = 0.5,
 ) -> None:
     """Predict on one image, write the picture to ``out`` (PNG) and the segments to a JSON file of its name; print both.
 
@@ -119,6 +124,7 @@ def predict_to_file(
         config, checkpoint, device: see `load_model`.
         image: the file.
         out: where the picture goes, ``*.png``.
+        score_threshold: instances with a lower score, 0..1, are left out of both.
 
     Raises:
         ValueError: ``out`` is no PNG; and what `load_model` and `predict_image` raise.
@@ -131,22 +137,31 @@ def predict_to_file(
     sample = predict_image(model, pixels)
     longest = max(GRID_SIDE, *pixels.shape[:2])
     canvas = fit(pixels, longest, longest)
-    print(write_png(out, draw_sample(canvas, resize_sample(sample, canvas.shape[:2]), "pred", model.dataset_meta)))
+    print(
+        write_png(
+            out,
+            draw_sample(canvas, resize_sample(sample, canvas.shape[:2]), "pred", model.dataset_meta, score_threshold),
+        )
+    )
     record = dict(image=os.fspath(image), height=pixels.shape[0], width=pixels.shape[1])
-    record["segments"] = list(segment_records(sample, model.dataset_meta["classes"]))
+    record["segments"] = list(segment_records(sample, model.dataset_meta["classes"], score_threshold))
     out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     print(out.with_suffix(".json"))
 
 
-def segment_records(sample: SegSample, classes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def segment_records(
+    sample: SegSample, classes: tuple[str, ...], score_threshold: float = 0.5
+) -> Iterator[dict[str, Any]]:
     """Yield a record for each predicted segment, from what `draw_sample` draws: panoptic, else semantic, else instances.
+
+    Instances with a lower score than ``score_threshold`` are left out: models name a fixed number of them.
 
     A record has ``label``, ``category`` (its name), ``area`` in pixels, ``bbox`` (x, y, width, height), ``segmentation``
     (COCO's compressed RLE), and of ``id``, ``isthing``, ``score`` those that the prediction has.
     """
     from pycocotools import mask as rle
 
-    for mask, known in _masks(sample):
+    for mask, known in _masks(sample, score_threshold):
         code = rle.encode(np.asfortranarray(mask, np.uint8))
         yield {
             **known,
@@ -157,7 +172,7 @@ def segment_records(sample: SegSample, classes: tuple[str, ...]) -> Iterator[dic
         }
 
 
-def _masks(sample: SegSample) -> Iterator[tuple[np.ndarray, dict]]:
+def _masks(sample: SegSample, score_threshold: float) -> Iterator[tuple[np.ndarray, dict]]:
     """Yield each segment's mask (H, W) bool and what is known of it."""
     if "pred_panoptic" in sample:
         ids = sample.pred_panoptic.numpy()
@@ -169,5 +184,6 @@ def _masks(sample: SegSample) -> Iterator[tuple[np.ndarray, dict]]:
             yield labels == label, dict(label=int(label))
     else:
         instances = sample.pred_instances.cpu()
+        instances = instances[instances.scores >= score_threshold]
         for mask, label, score in zip(instances.masks, instances.labels, instances.scores, strict=True):
             yield mask.numpy(), dict(label=int(label), score=float(score))

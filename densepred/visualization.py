@@ -115,13 +115,16 @@ def draw_instances(
     return out
 
 
-def draw_sample(image: np.ndarray, sample: SegSample, side: str, meta: dict) -> np.ndarray | None:
+def draw_sample(
+    image: np.ndarray, sample: SegSample, side: str, meta: dict, score_threshold: float = 0.5
+) -> np.ndarray | None:
     """Draw what a sample has on one side: panoptic before semantic before instances; ``None`` without any.
 
     Args:
         image: (H, W, 3) uint8 RGB, of the fields' size.
         side: ``gt`` or ``pred``.
         meta: ``classes`` and ``palette``.
+        score_threshold: see `draw_instances`.
     """
     classes, palette = meta["classes"], meta["palette"]
     if f"{side}_panoptic" in sample:
@@ -129,7 +132,8 @@ def draw_sample(image: np.ndarray, sample: SegSample, side: str, meta: dict) -> 
     if f"{side}_semantic" in sample:
         return draw_semantic(image, sample.get(f"{side}_semantic").cpu().numpy(), classes, palette)
     if f"{side}_instances" in sample:
-        return draw_instances(image, sample.get(f"{side}_instances"), classes, palette)
+        instances = sample.get(f"{side}_instances")
+        return draw_instances(image, instances, classes, palette, score_threshold=score_threshold)
     return None
 
 

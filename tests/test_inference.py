@@ -10,8 +10,9 @@ from PIL import Image
 from densepred import build_model, load_config
 from densepred.data.loading import read_image
 from densepred.engine.checkpoint import write_checkpoint
-from densepred.inference import load_model, predict_image, predict_to_file
+from densepred.inference import load_model, predict_image, predict_to_file, segment_records
 from densepred.registry import DATASETS
+from densepred.structures import InstanceData, SegSample
 from tests.small import SHAPES_CONFIG, small_shapes
 
 RULES = ("class_threshold_thing", "class_threshold_stuff", "overlap_threshold", "pixel_confidence_threshold")
@@ -120,3 +121,13 @@ def test_files_of_a_prediction_agree_with_it(written, options, photo, tmp_path, 
 def test_picture_that_is_no_png_is_refused_before_the_model_is_read(tmp_path):
     with pytest.raises(ValueError, match=r"out.jpg: the picture is written as PNG; name it .*out.png"):
         predict_to_file("no_config.py", None, "no_image.jpg", tmp_path / "out.jpg")
+
+
+def test_instances_below_the_threshold_are_left_out():
+    masks = torch.zeros(3, 4, 5, dtype=torch.bool)
+    masks[:, 1:3] = True
+    instances = InstanceData(scores=torch.tensor([0.9, 0.5, 0.4]), labels=torch.tensor([1, 0, 1]), masks=masks)
+    sample = SegSample(pred_instances=instances)
+    assert [record["score"] for record in segment_records(sample, ("a", "b"))] == [pytest.approx(0.9), 0.5]
+    (record,) = segment_records(sample, ("a", "b"), score_threshold=0.8)
+    assert (record["category"], record["area"], record["bbox"]) == ("b", 10, [0, 1, 5, 2])
