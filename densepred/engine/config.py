@@ -29,6 +29,7 @@ EXTRA_KEYS = {
     "loggers": "names of further logging back ends: 'wandb', 'mlflow'",
     "model_wrapper_cfg": "MMEngine's DDP wrapper",
     "sync_bn": "'torch' synchronises batch norms over processes",
+    "tasks": "which metrics are kept, where an evaluator lists them by task; what the head delivers links to it",
 }
 """Top-level keys that mean something beside the arguments of MMEngine's Runner."""
 
