@@ -6,7 +6,7 @@ gradient of the numbers is a dot product per row, that of the values is again a 
 The two pixels along an axis are always neighbours inside the level; their linear weights, max(0, 1 - distance), vanish
 where the sample lies outside, so that no corner needs a mask. Against one `grid_sample` per level and a stack of the
 samples (CPU, float32, 1 image, 8 heads of 32 channels, levels of 64, 32 and 16 squared, 4 points): with a query per
-pixel 11 times as fast forward and 1.7 times with the backward, with 100 queries 2 and 1.2 times.
+pixel 5.7 times as fast forward and 2.2 times with the backward, with 100 queries 2.1 and 1.3 times.
 """
 
 from collections.abc import Callable
