@@ -6,7 +6,6 @@ the true ids under a predicted mask replaces a full-frame comparison per object,
 frame, and no cache file is read or written.
 """
 
-import json
 import math
 import os
 import re
@@ -24,6 +23,7 @@ from mmengine.logging import MMLogger
 from PIL import Image
 
 from densepred.data.dataset import resolve_data_root
+from densepred.evaluation.record import check_counted, write_record
 from densepred.evaluation.table import text_table
 from densepred.registry import METRICS
 from densepred.structures import require_fields
@@ -178,9 +178,7 @@ def evaluate_and_print(gt_dir: str, pred_dir: str, out: str | None = None) -> No
     record = evaluate_folders(gt_dir, pred_dir)
     print(instance_table(record))
     if out is not None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(_without_nan(record), indent=1, allow_nan=False) + "\n")
-        print(f"written to {out}")
+        write_record(out, record)
 
 
 def instance_table(record: Mapping[str, Any]) -> str:
@@ -289,11 +287,7 @@ class CityscapesInstance(BaseMetric):
         mine, self._counts = self._counts, []
         gathered = dist.all_gather_object((len(mine), _join(mine)))
         images = sum(count for count, _ in gathered)
-        if images != size:
-            raise ValueError(
-                f"CityscapesInstance counted {images} images of a data set of {size}: a sampler that pads counts some "
-                "twice; set sampler=dict(type='DefaultSampler', shuffle=False, round_up=False) in the data loader"
-            )
+        check_counted("CityscapesInstance", images, size)
         metrics = self.compute_metrics([counts for _, counts in gathered])
         if dist.is_main_process():
             MMLogger.get_current_instance().info("\n" + instance_table(self.metrics_record()))
@@ -440,11 +434,3 @@ def _read_mask(path: Path) -> np.ndarray:
 
 def _write_mask(path: Path, mask: np.ndarray) -> None:
     Image.fromarray(mask).save(path, compress_level=1)  # one bit a pixel; half the time of OpenCV's
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -17,7 +17,7 @@ import numpy as np
 from densepred.data.class_tables import CITYSCAPES
 from densepred.data.loading import read_label_map
 from densepred.evaluation.cityscapes_instance import NUM_LABELS, TRUTH_SUFFIX, read_instance_ids
-from densepred.evaluation.semantic import write_record
+from densepred.evaluation.record import write_record
 from densepred.evaluation.table import text_table
 
 NAMES = {label: name for label, name, *_ in CITYSCAPES}
@@ -145,7 +145,6 @@ def evaluate_and_print(gt_dir: str, pred_dir: str, out: str | None = None) -> No
     print(cityscapes_table(record))
     if out is not None:
         write_record(out, record)
-        print(f"written to {out}")
 
 
 def cityscapes_table(record: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ mask would replace the mask's area, so it is left out.
 
 import contextlib
 import io
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from densepred.evaluation.coco_results import (
     read_truth,
     write_results,
 )
+from densepred.evaluation.record import write_record
 from densepred.evaluation.table import text_table
 from densepred.registry import METRICS
 from densepred.structures import PanopticMap, require_fields
@@ -99,11 +99,7 @@ def evaluate_and_print(gt: str, pred: str, iou_type: str = "segm", out: str | No
     record, names = _score_files(gt, pred, iou_type)
     print(instance_table(record, names, iou_type))
     if out is not None:
-        stats, per_category = record["stats"], record["per_category"]
-        groups = {"stats": _finite(stats), "per_category": {str(n): _finite(v) for n, v in per_category.items()}}
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(groups, indent=1, allow_nan=False) + "\n")
-        print(f"written to {out}")
+        write_record(out, record)
 
 
 def instance_table(record: Mapping[str, dict], names: Mapping[int, str], iou_type: str) -> str:
@@ -357,7 +353,3 @@ def _summary(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
     ]
     means = [float(v[v > -1].mean()) if (v > -1).any() else math.nan for v in values]
     return dict(zip(SUMMARY, means, strict=True))
-
-
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: None if math.isnan(value) else value for name, value in values.items()}

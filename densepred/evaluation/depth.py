@@ -8,6 +8,7 @@ from mmengine import dist
 from mmengine.evaluator import BaseMetric
 from mmengine.logging import MMLogger
 
+from densepred.evaluation.record import check_counted
 from densepred.registry import METRICS
 
 
@@ -38,13 +39,17 @@ class EncoderDepth(BaseMetric):
 
         Args:
             size: Images in the data set.
+
+        Raises:
+            ValueError: The processes together did not count each image once.
         """
         sums, self._sums = self._sums, torch.zeros(3, dtype=torch.float64)
         dist.all_reduce(sums)
+        check_counted("EncoderDepth", int(sums[2]), size)
         metrics = self.compute_metrics([sums])
         if dist.is_main_process():
             text = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-            MMLogger.get_current_instance().info(f"{text} an image, mean of {int(sums[2])} of {size}")
+            MMLogger.get_current_instance().info(f"{text} an image, mean of {size}")
         return metrics
 
     def compute_metrics(self, results: list[torch.Tensor]) -> dict[str, float]:

@@ -5,7 +5,6 @@ https://github.com/cocodataset/panopticapi, whose numbers these equal. The count
 are counted by runs of equal neighbours, so that only the few thousand ends of runs are looked up, not every pixel.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.logging import MMLogger
 
 from densepred.evaluation.coco_format import PredictionWriter, read_id_map, read_json, records_by_key
+from densepred.evaluation.record import check_counted, write_record
 from densepred.evaluation.table import panoptic_table
 from densepred.registry import METRICS
 from densepred.structures import require_fields
@@ -169,11 +169,7 @@ class PanopticQuality(BaseMetric):
             ValueError: The processes together did not count each image once.
         """
         counts, images = self._gather()
-        if images != size:
-            raise ValueError(
-                f"PanopticQuality counted {images} images of a data set of {size}: a sampler that pads counts some "
-                "twice; set sampler=dict(type='DefaultSampler', shuffle=False, round_up=False) in the data loader"
-            )
+        check_counted("PanopticQuality", images, size)
         metrics = self.compute_metrics([counts])
         if dist.is_main_process():
             MMLogger.get_current_instance().info("\n" + panoptic_table(self.metrics_record()))
@@ -257,10 +253,7 @@ def evaluate_and_print(
     record = evaluate_files(gt_json, gt_dir, pred_json, pred_dir, num_workers)
     print(panoptic_table(record, category_names(gt_json)))
     if out is not None:
-        groups = {name: {k: None if v != v else v for k, v in values.items()} for name, values in record.items()}
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(groups, indent=1, allow_nan=False) + "\n")
-        print(f"written to {out}")
+        write_record(out, record)
 
 
 def category_names(gt_json: str | Path) -> dict[str, str]:

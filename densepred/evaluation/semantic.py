@@ -5,8 +5,6 @@ ADE20K); a mean of the images' own ratios is another number. Cityscapes' own fil
 `densepred.evaluation.cityscapes_semantic`.
 """
 
-import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +19,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.logging import MMLogger
 
 from densepred.data.loading import read_label_map
+from densepred.evaluation.record import check_counted, write_record
 from densepred.evaluation.table import semantic_table
 from densepred.registry import METRICS
 from densepred.structures import IGNORE_INDEX, PanopticMap, require_fields
@@ -152,11 +151,7 @@ class SemanticIoU(BaseMetric):
             ValueError: The processes together did not count each image once.
         """
         counts, images = self._gather()
-        if images != size:
-            raise ValueError(
-                f"SemanticIoU counted {images} images of a data set of {size}: a sampler that pads counts some twice; "
-                "set sampler=dict(type='DefaultSampler', shuffle=False, round_up=False) in the data loader"
-            )
+        check_counted("SemanticIoU", images, size)
         metrics = self.compute_metrics([counts])
         if dist.is_main_process():
             MMLogger.get_current_instance().info("\n" + semantic_table(self.metrics_record()))
@@ -267,19 +262,6 @@ def evaluate_and_print(
     print(semantic_table(record))
     if out is not None:
         write_record(out, record)
-        print(f"written to {out}")
-
-
-def write_record(path: str | Path, record: Mapping) -> None:
-    """Write a record of figures as JSON, NaN as null."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(_without_nan(record), indent=1, allow_nan=False) + "\n")
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _truth(sample: Mapping) -> np.ndarray:
