@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from densepred.decoders.kmax import upcast
 from densepred.structures import PanopticMap
 
 MAX_INSTANCES = 100
@@ -52,11 +53,7 @@ def _valid_size(pad_shape: Size, ori_shape: Size, img_shape: Size) -> Size:
 
 
 def _resize(maps: Tensor, size: Size, align_corners: bool) -> Tensor:
-    return F.interpolate(_full(maps)[None], size=tuple(size), mode="bilinear", align_corners=align_corners)[0]
-
-
-def _full(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return F.interpolate(upcast(maps)[None], size=tuple(size), mode="bilinear", align_corners=align_corners)[0]
 
 
 def panoptic_inference(
@@ -91,7 +88,7 @@ def panoptic_inference(
         (H, W) int32 ids from 1, 0 = void. A record's ``score`` is what the order of pasting goes by; that of joined stuff
         is its first query's.
     """
-    scores, labels = _full(pred_logits).softmax(-1)[:, :-1].max(-1)  # (Q,)
+    scores, labels = upcast(pred_logits).softmax(-1)[:, :-1].max(-1)  # (Q,)
     isthing = _thing_table(thing_classes, pred_logits.shape[-1] - 1, pred_logits.device)[labels]  # (Q,)
     sure = (scores > torch.where(isthing, thing_threshold, stuff_threshold)).nonzero()[:, 0]  # (K,)
     masks, mask_scores = _binary_masks(mask_logits, sure, pixel_threshold)  # (K, H, W), (K,)
@@ -122,7 +119,7 @@ def _binary_masks(
 
     The softmax runs over all the queries, but only the chosen ones become masks.
     """
-    logits = _full(mask_logits)
+    logits = upcast(mask_logits)
     probs = (logits[queries] - logits.logsumexp(0)).exp()  # (K, H, W)
     masks = probs > threshold
     areas = masks.sum((1, 2))
@@ -158,8 +155,8 @@ def semantic_inference(pred_logits: Tensor, mask_logits: Tensor) -> Tensor:
         pred_logits: (Q, C + 1) class logits, void last.
         mask_logits: (Q, H, W) at the size of the result.
     """
-    class_probs = _full(pred_logits).softmax(-1)[:, :-1]  # (Q, C)
-    return torch.einsum("qc,qhw->chw", class_probs, _full(mask_logits).softmax(0))
+    class_probs = upcast(pred_logits).softmax(-1)[:, :-1]  # (Q, C)
+    return torch.einsum("qc,qhw->chw", class_probs, upcast(mask_logits).softmax(0))
 
 
 def instance_inference(
@@ -177,7 +174,7 @@ def instance_inference(
         ``scores`` (N,): class probability times the mean probability of the mask's pixels; ``labels`` (N,) int64;
         ``masks`` (N, H, W) bool, may overlap or be empty; ``bboxes`` (N, 4) xyxy, see `mask_boxes`. N <= 100.
     """
-    class_probs = _full(pred_logits).softmax(-1)[:, :-1]  # (Q, C)
+    class_probs = upcast(pred_logits).softmax(-1)[:, :-1]  # (Q, C)
     num_classes = class_probs.shape[1]
     scores, pairs = class_probs.flatten().topk(min(MAX_INSTANCES, class_probs.numel()))
     labels = pairs % num_classes

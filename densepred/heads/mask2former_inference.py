@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from densepred.decoders.kmax import upcast
 from densepred.heads.kmax_inference import mask_boxes
 from densepred.structures import PanopticMap
 
@@ -115,7 +116,7 @@ def panoptic_inference(
         (H, W) int32 ids from 1, 0 = void. A record's ``score`` is the class score; that of joined stuff is its first
         query's.
     """
-    scores, labels = _full(pred_logits).softmax(-1).max(-1)  # (Q,)
+    scores, labels = upcast(pred_logits).softmax(-1).max(-1)  # (Q,)
     sure = ((labels < pred_logits.shape[-1] - 1) & (scores > object_mask_threshold)).nonzero()[:, 0]  # (K,)
     ids = torch.zeros(ori_shape, dtype=torch.int32, device=mask_logits.device)  # (H, W)
     if not len(sure):
@@ -197,7 +198,7 @@ def semantic_scores(
             Otherwise the mask logits are, and the scores differ.
     """
     size = (pred_logits.shape[-1] - 1, *ori_shape)
-    result = torch.empty(size, dtype=_full(mask_logits[:0]).dtype, device=mask_logits.device)
+    result = torch.empty(size, dtype=upcast(mask_logits[:0]).dtype, device=mask_logits.device)
     for band, scores in _score_bands(pred_logits, mask_logits, pad_shape, img_shape, ori_shape, alone):
         result[:, band] = scores.permute(2, 1, 0)
     return result
@@ -209,7 +210,7 @@ def _score_bands(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield bands of rows and their class scores (W, n, C)."""
     num_classes = pred_logits.shape[-1] - 1
-    probs = F.pad(_full(pred_logits).softmax(-1)[:, :-1], (0, -num_classes % CLASS_MULTIPLE))  # (Q, C'), C' >= C
+    probs = F.pad(upcast(pred_logits).softmax(-1)[:, :-1], (0, -num_classes % CLASS_MULTIPLE))  # (Q, C'), C' >= C
     if alone and tuple(img_shape) != tuple(ori_shape):
         bands = _resized_score_bands(mask_logits, probs, pad_shape, img_shape, ori_shape)
     else:
@@ -276,7 +277,7 @@ def instance_inference(
         ``masks`` (N, H, W) bool, where the logit is positive, may overlap or be empty; ``bboxes`` (N, 4) float32 xyxy,
         see `mask_boxes`. N <= max_instances.
     """
-    class_probs = _full(pred_logits).softmax(-1)[:, :-1]  # (Q, C)
+    class_probs = upcast(pred_logits).softmax(-1)[:, :-1]  # (Q, C)
     num_classes = class_probs.shape[1]
     scores, pairs = class_probs.flatten().topk(min(max_instances, class_probs.numel()))
     labels = pairs % num_classes
@@ -304,14 +305,14 @@ def _instance_masks(
     masks = torch.empty((len(slot), *ori_shape), dtype=torch.bool, device=mask_logits.device)
     sums = torch.zeros(2, queries, dtype=torch.float64, device=mask_logits.device)
     if not queries:
-        return masks, sums[0].to(_full(mask_logits).dtype)
+        return masks, sums[0].to(upcast(mask_logits).dtype)
     rows, columns = _taps(mask_logits, pad_shape, img_shape, ori_shape)
     for band, logits in _logit_bands(mask_logits, rows, columns, 3 * queries + len(slot)):
         inside = logits > 0  # (W, n, K)
         masks[:, band] = inside.permute(2, 1, 0)[slot]
         sums[0] += _count(inside)
         sums[1] += logits.sigmoid_().mul_(inside).sum((0, 1))
-    return masks, (sums[1] / (sums[0] + EPSILON)).to(_full(mask_logits[:0]).dtype)
+    return masks, (sums[1] / (sums[0] + EPSILON)).to(upcast(mask_logits[:0]).dtype)
 
 
 def _taps(mask_logits: Tensor, pad_shape: Size, img_shape: Size, ori_shape: Size) -> tuple[Taps, Taps]:
@@ -320,7 +321,7 @@ def _taps(mask_logits: Tensor, pad_shape: Size, img_shape: Size, ori_shape: Size
         bilinear_taps(small, padded).then(bilinear_taps(image, file))
         for small, padded, image, file in zip(mask_logits.shape[-2:], pad_shape, img_shape, ori_shape, strict=True)
     )
-    return rows, columns.on(_full(mask_logits[:0]))
+    return rows, columns.on(upcast(mask_logits[:0]))
 
 
 def _logit_bands(
@@ -354,7 +355,7 @@ def _row_bands(height: int, per_row: float, fixed: float, device: torch.device) 
 def _resized(mask_logits: Tensor, rows: Taps, columns: Taps) -> Tensor:
     """Return (n_columns, n_rows, K) of (K, h, w): queries last, so that all steps run over contiguous memory."""
     needed, rows = rows.narrowed()
-    low = _full(mask_logits[:, needed].permute(1, 2, 0).contiguous())  # (m, w, K)
+    low = upcast(mask_logits[:, needed].permute(1, 2, 0).contiguous())  # (m, w, K)
     return columns.apply(_swapped(rows.on(low).apply(low)))
 
 
@@ -365,7 +366,3 @@ def _swapped(x: Tensor) -> Tensor:
 def _count(mask: Tensor) -> Tensor:
     """Return how many of (W, n, K) are true (K,); a band is small enough for float32 to be exact, and that is faster."""
     return mask.float().sum((0, 1))
-
-
-def _full(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
