@@ -18,7 +18,7 @@ class Segmentor(BaseModel):
     Args:
         encoder: config of the encoder.
         decoder: config of the decoder, without ``in_channels`` and ``in_strides``.
-        head: config of the head, without ``in_channels``, ``level_channels`` and ``encoder_channels``.
+        head: config of the head, without ``in_channels``, ``level_channels``, ``encoder_channels`` and ``deep_channels``.
         data_preprocessor: config of the preprocessor; without one, images must arrive normalised and stacked.
         init_cfg: MMEngine weight initialisation of the whole model, e.g. ``dict(type="Pretrained", checkpoint=PATH)``.
     """
@@ -37,14 +37,14 @@ class Segmentor(BaseModel):
         self.decoder = MODELS.build(
             dict(decoder, in_channels=list(self.encoder.channels), in_strides=list(self.encoder.strides))
         )
-        self.head = MODELS.build(
-            dict(
-                head,
-                in_channels=self.decoder.channels,
-                level_channels=list(self.decoder.level_channels),
-                encoder_channels=list(self.encoder.channels),
-            )
+        widths = dict(
+            in_channels=self.decoder.channels,
+            level_channels=list(self.decoder.level_channels),
+            encoder_channels=list(self.encoder.channels),
         )
+        if deep_channels := list(getattr(self.decoder, "deep_channels", ())):
+            widths["deep_channels"] = deep_channels  # for heads that can be supervised deeply
+        self.head = MODELS.build(dict(head, **widths))
 
     def init_weights(self) -> None:
         """Initialise by ``init_cfg``; "Pretrained" is ours, strict and converting, whatever scope is active."""
@@ -76,7 +76,7 @@ class Segmentor(BaseModel):
 
     def features(self, inputs: Tensor, data_samples: list[SegSample] | None) -> Features:
         """Return what the head reads."""
-        return self.decoder(self.encoder(inputs))
+        return self.decoder(self.encoder(inputs, getattr(self.decoder, "num_maps", None)))
 
     def loss(self, inputs: Tensor, data_samples: list[SegSample]) -> dict[str, Tensor]:
         """Return the training step's losses, and other scalars to log under names without "loss"."""

@@ -1,7 +1,7 @@
 """What travels through every room: one image's ground truth and predictions, and the features between the parts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -57,11 +57,15 @@ class Features:
         pixels: (B, C, h, w), the finest map, for masks or logits.
         levels: multi-scale maps for queries, coarse to fine.
         encoder: the encoder's own maps, finest first, for heads with an auxiliary branch on them.
+        deep: further maps that deep supervision classifies, shallowest first; ``pixels`` comes after them.
+        embedding: (B, D, h, w), an embedding of each pixel for losses on features; training only.
     """
 
     pixels: Tensor
     levels: list[Tensor]
     encoder: list[Tensor]
+    deep: list[Tensor] = field(default_factory=list)
+    embedding: Tensor | None = None
 
 
 def segment_masks(ids: Tensor, segments: list[dict]) -> tuple[Tensor, Tensor]:

@@ -129,13 +129,16 @@ class ConvNeXt(BaseModule):
         with DefaultScope.overwrite_default_scope(SCOPE):
             super().init_weights()
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        maps, x = {}, images
+    def forward(self, images: Tensor, num_maps: int | None = None) -> list[Tensor]:
+        """Return the first ``num_maps`` maps of ``out_features`` (all without it); what lies behind them is not computed."""
+        maps, x, names = {}, images, self.out_features[:num_maps]
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
+            if maps.keys() >= set(names):
+                break
             if self.kmax_padding:
                 x = F.pad(x, (1, 2, 1, 2) if i == 0 else (0, 1, 0, 1))
             x = downsample(x)
             if i == 0:
                 maps["stem"] = x
             x = maps[f"res{i + 2}"] = stage(x)
-        return [maps[name] for name in self.out_features]
+        return [maps[name] for name in names]

@@ -328,11 +328,15 @@ class SwinTransformer(BaseModule):
         with DefaultScope.overwrite_default_scope(SCOPE):
             super().init_weights()
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        maps, x = {}, self.patch_embed(images)  # (B, H/4, W/4, C)
+    def forward(self, images: Tensor, num_maps: int | None = None) -> list[Tensor]:
+        """Return the first ``num_maps`` maps of ``out_features`` (all without it); what lies behind them is not computed."""
+        maps, names = {}, self.out_features[:num_maps]
+        x = self.patch_embed(images)  # (B, H/4, W/4, C)
         for i, stage in enumerate(self.layers):
+            if maps.keys() >= set(names):
+                break
             x = stage.blocks(x)
             if f"res{i + 2}" in self.out_features:
                 maps[f"res{i + 2}"] = getattr(self, f"norm{i}")(x).permute(0, 3, 1, 2)  # (B, C, h, w)
             x = stage.downsample(x)
-        return [maps[name] for name in self.out_features]
+        return [maps[name] for name in names]

@@ -100,9 +100,8 @@ def _renamed(official: Mapping[str, Tensor], source: str, model: nn.Module) -> d
     rules, whole = source_named(source), hasattr(model, "encoder")
     adaptive = hasattr(getattr(model, "decoder", None), "gate")
     origin, renamed = {}, {}
-    for key, value in official.items():
-        if re.fullmatch(rules.dropped, key):
-            continue
+    needed = {key: value for key, value in official.items() if not re.fullmatch(rules.dropped, key)}
+    for key, value in rules.import_values(needed).items():
         ours = rules.to_ours(key)
         if rules.encoder_only and whole:
             ours = f"encoder.{ours}"
@@ -162,7 +161,7 @@ def to_official(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tens
         key = key.replace("decoder.decoder.", "decoder.", 1) if key.startswith("decoder.decoder.") else key
         parts = zip(PARTS, value.chunk(3), strict=True) if re.fullmatch(rules.fused, key) else (("", value),)
         official.update({rules.to_official(key + part): piece for part, piece in parts})
-    return official
+    return dict(rules.export_values(official))
 
 
 def convert_file(src: str | Path, dst: str | Path, source: str, model: nn.Module) -> str:

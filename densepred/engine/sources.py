@@ -1,8 +1,10 @@
 """The published formats that weights come in: how each one's keys read, and which of them are no part of the model."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from densepred.engine.mapping_mask2former import (
     official_to_ours,
@@ -15,6 +17,7 @@ from densepred.engine.mapping_mask2former import (
 from densepred.errors import nearest
 
 Rename = Callable[[str], str]
+Weights = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class Source:
         kept: our keys (by full match) that a file in this format may lack: the model keeps its own values there.
         fused: our keys whose query, key and value this format holds one by one; the renamings then deal in names of
             parts, see `mapping_mask2former.PARTS`.
+        import_values: of the official weights, once those dropped are gone and before the renaming: whatever is more than a
+            name, such as a scale stored in another form, another order of channels, or one parameter under several keys.
+        export_values: the inverse, of weights under official names.
     """
 
     what: str
@@ -40,6 +46,8 @@ class Source:
     encoder_only: bool = True
     kept: str = ""
     fused: str = ""
+    import_values: Callable[[Weights], Weights] = dict
+    export_values: Callable[[Weights], Weights] = dict
 
 
 def _renamer(*rules: tuple[str, str | Callable[[re.Match], str]]) -> Rename:
