@@ -57,13 +57,20 @@ def add_test(parser: argparse.ArgumentParser) -> None:
         choices=("panoptic", "semantic", "instance"),
         help="what to deliver and measure; default: the config's",
     )
+    parser.add_argument(
+        "--tta", action="store_true", help="semantic: mean over six scales (0.5 to 1.75) and mirror images, slower"
+    )
 
 
 def run_test(args: argparse.Namespace) -> None:
     from densepred.engine import report, runner
     from densepred.engine.cures import leave_processes
 
-    options = options_of(args) | ({"tasks": args.tasks} if args.tasks else {})
+    options = ({"tasks": args.tasks} if args.tasks else {}) | options_of(args)
+    if args.tta:
+        from densepred.semantic_inference import TTA
+
+        options = {"model.tta": dict(TTA)} | options
     launched = runner.test(args.config, args.checkpoint, options, args.work_dir, args.launcher, args.out, args.show_dir)
     leave_processes()
     print(report.where_outputs_are(launched.work_dir))
@@ -153,6 +160,10 @@ def add_benchmark(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--encoder", nargs="+", choices=("swin_t", "r50"), default=["swin_t", "r50"])
     model.add_argument("--size", type=int, default=512, help="side of the square image")
     model.add_argument("--repeats", type=int, default=5)
+    ops = subjects.add_parser("ops", help="operators against the official formulations: time, memory, accuracy")
+    ops.add_argument("--device", default="cpu", help="cpu or cuda")
+    ops.add_argument("--op", nargs="+", metavar="NAME", help="default: all")
+    ops.add_argument("--repeats", type=int, default=5)
 
 
 def run_benchmark(args: argparse.Namespace) -> None:
@@ -160,6 +171,10 @@ def run_benchmark(args: argparse.Namespace) -> None:
         from densepred.evaluation.benchmark import benchmark_eval
 
         print(benchmark_eval(args.gt, args.gt_dir, args.pred, args.pred_dir, args.repeats))
+    elif args.subject == "ops":
+        from densepred.engine.benchmark_ops import benchmark_ops
+
+        print(benchmark_ops(args.device, args.op, args.repeats))
     else:
         from densepred.engine.benchmark_model import benchmark_model
 

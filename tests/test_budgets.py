@@ -13,7 +13,7 @@ ROOMS = [
     {"structures", "registry", "errors"},
     {"losses", "ops"},
     {"encoders", "decoders", "heads"},
-    {"segmentor", "data", "evaluation"},
+    {"semantic_inference", "segmentor", "data", "evaluation"},
     {"engine", "inference", "visualization", "adaptive", "eco", "eco_tradeoff"},
 ]
 """From the ground up: a module imports from its own row and from those above it in this list."""
