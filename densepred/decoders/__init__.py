@@ -1,7 +1,22 @@
 """Decoders: the encoder's pyramid -> `densepred.structures.Features`."""
 
 from densepred.decoders.adaptive import AdaptiveExit
+from densepred.decoders.aspp import ASPPDecoder
 from densepred.decoders.deformable import DeformablePixelDecoder
+from densepred.decoders.fcn import FCNDecoder
 from densepred.decoders.kmax import KMaXPixelDecoder
+from densepred.decoders.nonlocal_block import NonLocalDecoder
+from densepred.decoders.psp import PSPDecoder
+from densepred.decoders.unetpp import UNetPlusPlusDecoder
+from densepred.decoders.uper import UPerDecoder
 
-__all__ = ["AdaptiveExit", "DeformablePixelDecoder", "KMaXPixelDecoder"]
+__all__ = [
+    "ASPPDecoder",
+    "AdaptiveExit",
+    "DeformablePixelDecoder",
+    "FCNDecoder",
+    "KMaXPixelDecoder",
+    "NonLocalDecoder",
+    "PSPDecoder",
+    "UPerDecoder",
+]
