@@ -10,6 +10,11 @@ The published families differ in the stem and in the place of the stride:
   and hands on maps before the ReLU; those weights do not fit here.
 * detectron2: the same two; its models trained from MSRA's Caffe weights have ``stride_in_1x1=True``.
 * deep stem (detectron2's DeepLab, CCNet): ``stem="deep"``, three 3x3 convolutions of 64, 64 and 128 channels.
+* mmsegmentation's V1c: ``stem="v1c"``, three 3x3 convolutions of 32, 32 and 64 channels.
+
+Dilated networks of output stride 8 have ``strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4)``. The first block of a dilated
+stage takes half the dilation in mmsegmentation (``contract_dilation=True``) and all of it in CCNet, whose max pool also
+rounds up (``ceil_mode=True``). Weights of either load into the other and then only cost accuracy.
 """
 
 from collections.abc import Sequence
@@ -26,9 +31,12 @@ from densepred.registry import MODELS, SCOPE
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 """Residual blocks of the four stages by depth; 18 and 34 are built of basic blocks, the others of bottlenecks."""
 
-STEMS = {"7x7": ((3, 64, 7, 2),), "deep": ((3, 64, 3, 2), (64, 64, 3, 1), (64, 128, 3, 1))}
+STEMS = {
+    "7x7": ((3, 64, 7, 2),),
+    "deep": ((3, 64, 3, 2), (64, 64, 3, 1), (64, 128, 3, 1)),
+    "v1c": ((3, 32, 3, 2), (32, 32, 3, 1), (32, 64, 3, 1)),
+}
 """Convolutions of each stem: input channels, output channels, kernel, stride."""
-
 
 FOLDED_WEIGHTS = 2**18
 """Up to this size a kernel takes a frozen norm into itself, which saves a pass over the map; a larger one is larger than the
@@ -56,8 +64,11 @@ class FrozenBatchNorm2d(nn.Module):
 class ConvNorm(nn.Conv2d):
     """Convolution without bias that holds its BatchNorm as ``norm``, which gives the keys ``X.weight``, ``X.norm.*``."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, norm: dict) -> None:
-        super().__init__(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, stride: int, norm: dict, dilation: int = 1
+    ) -> None:
+        padding = kernel // 2 * dilation
+        super().__init__(in_channels, out_channels, kernel, stride, padding, dilation, bias=False)
         if norm["frozen"]:
             self.norm = FrozenBatchNorm2d(out_channels, norm["eps"])
         else:
@@ -74,26 +85,35 @@ class ConvNorm(nn.Conv2d):
 class Stem(nn.Module):
     """Convolutions, each with BatchNorm and ReLU, then a 3x3 max pool: (B, 3, H, W) -> (B, C, H/4, W/4)."""
 
-    def __init__(self, kind: str, norm: dict) -> None:
+    def __init__(self, kind: str, ceil_mode: bool, norm: dict) -> None:
         super().__init__()
-        self.depth = len(STEMS[kind])
+        self.depth, self.ceil_mode = len(STEMS[kind]), ceil_mode
         for i, (in_channels, out_channels, kernel, stride) in enumerate(STEMS[kind], start=1):
             self.add_module(f"conv{i}", ConvNorm(in_channels, out_channels, kernel, stride, norm))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def convolutions(self, x: Tensor) -> Tensor:
+        """Return what the max pool takes: (B, C, H/2, W/2)."""
         for i in range(1, self.depth + 1):
             x = F.relu(getattr(self, f"conv{i}")(x), inplace=True)
-        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        return x
+
+    def pool(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1, ceil_mode=self.ceil_mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.convolutions(x))
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions, the first with the stride."""
+    """Two 3x3 convolutions, the first with the stride and the dilation (the second is never dilated)."""
 
     expansion = 1
 
-    def __init__(self, in_channels: int, width: int, stride: int, stride_in_1x1: bool, norm: dict) -> None:
+    def __init__(
+        self, in_channels: int, width: int, stride: int, dilation: int, stride_in_1x1: bool, norm: dict
+    ) -> None:
         super().__init__()
-        self.conv1 = ConvNorm(in_channels, width, 3, stride, norm)
+        self.conv1 = ConvNorm(in_channels, width, 3, stride, norm, dilation)
         self.conv2 = ConvNorm(width, width, 3, 1, norm)
         changes = stride != 1 or in_channels != width
         self.shortcut = ConvNorm(in_channels, width, 1, stride, norm) if changes else nn.Identity()
@@ -104,16 +124,18 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions; the stride sits in the 3x3, or in the first 1x1 on request."""
+    """1x1, 3x3 and 1x1 convolutions; the 3x3 has the dilation and the stride, which the first 1x1 has on request."""
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int, stride_in_1x1: bool, norm: dict) -> None:
+    def __init__(
+        self, in_channels: int, width: int, stride: int, dilation: int, stride_in_1x1: bool, norm: dict
+    ) -> None:
         super().__init__()
         stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
         out_channels = width * self.expansion
         self.conv1 = ConvNorm(in_channels, width, 1, stride_1x1, norm)
-        self.conv2 = ConvNorm(width, width, 3, stride_3x3, norm)
+        self.conv2 = ConvNorm(width, width, 3, stride_3x3, norm, dilation)
         self.conv3 = ConvNorm(width, out_channels, 1, 1, norm)
         changes = stride != 1 or in_channels != out_channels
         self.shortcut = ConvNorm(in_channels, out_channels, 1, stride, norm) if changes else nn.Identity()
@@ -127,12 +149,19 @@ class Bottleneck(nn.Module):
 class ResNet(BaseModule):
     """ResNet encoder: ``forward(images (B, 3, H, W))`` returns one map per name of ``out_features``, in that order.
 
-    Maps are taken after the last ReLU of a stage; a side of n pixels becomes ceil(n / stride) map pixels, for any n.
+    Maps are taken after the last ReLU of a stage; a side of n pixels becomes ceil(n / stride) map pixels, for any n
+    (with ``ceil_mode``, k / 2 + 1 instead of k / 2 pixels come out of the max pool for an even k, and the later stages divide
+    that).
 
     Args:
         depth: 18, 34, 50, 101 or 152.
-        out_features: of "stem" (after the max pool, stride 4), "res2" (4), "res3" (8), "res4" (16), "res5" (32).
-        stem: "7x7" or "deep", see the head of this file.
+        out_features: of "conv1" (the stem before its max pool, stride 2), "stem" (after it, 4), "res2" (4), "res3" (8),
+            "res4" (16), "res5" (32); the strides of the last three follow from ``strides``.
+        stem: "7x7", "deep" or "v1c", see the head of this file.
+        strides: of the first block of each stage; (1, 2, 1, 1) gives maps of strides 4, 8, 8, 8.
+        dilations: of the 3x3 convolutions of each stage.
+        contract_dilation: the first block of a dilated stage takes half of its dilation.
+        ceil_mode: the max pool rounds up.
         stride_in_1x1: bottlenecks stride in their first convolution (MSRA's Caffe weights).
         norm_eps, norm_momentum: of every BatchNorm; kMaX-DeepLab 1e-3 and 0.01, torchvision 1e-5 and 0.1.
         frozen_norm: no BatchNorm is ever trained or averages anything, as in Mask2Former on COCO: for pretrained weights.
@@ -143,7 +172,8 @@ class ResNet(BaseModule):
         channels, strides: of the returned maps, in the order of ``out_features``.
 
     Raises:
-        ValueError: unknown ``depth``, ``stem`` or feature name, or ``zero_init_residual`` with norms that stay frozen.
+        ValueError: unknown ``depth``, ``stem`` or feature name, ``strides`` or ``dilations`` of another number than four,
+            or ``zero_init_residual`` with norms that stay frozen.
     """
 
     def __init__(
@@ -151,6 +181,10 @@ class ResNet(BaseModule):
         depth: int = 50,
         out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
         stem: str = "7x7",
+        strides: Sequence[int] = (1, 2, 2, 2),
+        dilations: Sequence[int] = (1, 1, 1, 1),
+        contract_dilation: bool = False,
+        ceil_mode: bool = False,
         stride_in_1x1: bool = False,
         norm_eps: float = 1e-5,
         norm_momentum: float = 0.1,
@@ -163,30 +197,34 @@ class ResNet(BaseModule):
             raise ValueError(f"depth={depth!r}: ResNet knows {', '.join(map(str, BLOCKS))}")
         if stem not in STEMS:
             raise ValueError(f"stem={stem!r}: ResNet knows {', '.join(STEMS)}")
+        for name, values in (("strides", strides), ("dilations", dilations)):
+            if len(values) != 4:
+                raise ValueError(f"{name}={tuple(values)}: ResNet has four stages and takes a number for each")
         if frozen_norm and zero_init_residual:
             raise ValueError(
                 "zero_init_residual=True with frozen_norm=True: blocks would stay zero; drop one of the two"
             )
         block = BasicBlock if depth < 50 else Bottleneck
         norm = dict(eps=norm_eps, momentum=norm_momentum, frozen=frozen_norm)
-        self.stem = Stem(stem, norm)
-        in_channels = STEMS[stem][-1][1]
-        channels, strides = {"stem": in_channels}, {"stem": 4}
-        for i, blocks in enumerate(BLOCKS[depth]):
+        self.stem = Stem(stem, ceil_mode, norm)
+        in_channels, total_stride = STEMS[stem][-1][1], 4
+        channels, total_strides = dict.fromkeys(("conv1", "stem"), in_channels), {"conv1": 2, "stem": 4}
+        for i, (blocks, stride, dilation) in enumerate(zip(BLOCKS[depth], strides, dilations, strict=True)):
             name, width = f"res{i + 2}", 64 * 2**i
+            first = (stride, max(dilation // 2, 1) if contract_dilation else dilation)
             stage = nn.Sequential()
-            for j in range(blocks):
-                stride = 2 if i > 0 and j == 0 else 1
-                stage.append(block(in_channels, width, stride, stride_in_1x1, norm))
+            for options in (first, *[(1, dilation)] * (blocks - 1)):
+                stage.append(block(in_channels, width, *options, stride_in_1x1, norm))
                 in_channels = width * block.expansion
             self.add_module(name, stage)
-            channels[name], strides[name] = in_channels, 4 * 2**i
+            total_stride *= stride
+            channels[name], total_strides[name] = in_channels, total_stride
         for name in out_features:
             if name not in channels:
                 raise ValueError(f"out_features: ResNet has no map {name!r}{nearest(name, channels)}")
         self.out_features = tuple(out_features)
         self.channels = [channels[name] for name in out_features]
-        self.strides = [strides[name] for name in out_features]
+        self.strides = [total_strides[name] for name in out_features]
         if zero_init_residual:
             self._zero_last_norms()
 
@@ -206,10 +244,11 @@ class ResNet(BaseModule):
         """Return the first ``num_maps`` maps of ``out_features`` (all without it); what lies behind them is not computed."""
         if images.device.type == "cpu":  # where convolutions of this layout take a tenth less time
             images = images.contiguous(memory_format=torch.channels_last)
-        maps = {"stem": self.stem(images)}  # (B, C, H/4, W/4)
-        x, names = maps["stem"], self.out_features[:num_maps]
-        for name in ("res2", "res3", "res4", "res5"):
+        steps = {"conv1": self.stem.convolutions, "stem": self.stem.pool}
+        steps |= {name: getattr(self, name) for name in ("res2", "res3", "res4", "res5")}
+        x, maps, names = images, {}, self.out_features[:num_maps]
+        for name, step in steps.items():
             if maps.keys() >= set(names):
                 break
-            x = maps[name] = getattr(self, name)(x)
+            x = maps[name] = step(x)
         return [maps[name] for name in names]
