@@ -18,5 +18,6 @@ __all__ = [
     "KMaXPixelDecoder",
     "NonLocalDecoder",
     "PSPDecoder",
+    "UNetPlusPlusDecoder",
     "UPerDecoder",
 ]

@@ -2,7 +2,9 @@
 
 from densepred.encoders.convnext import ConvNeXt
 from densepred.encoders.efficientnet_lite import EfficientNetLite
+from densepred.encoders.mit import MixVisionTransformer
 from densepred.encoders.resnet import ResNet
 from densepred.encoders.swin import SwinTransformer
+from densepred.encoders.unet import UNetEncoder
 
-__all__ = ["ConvNeXt", "EfficientNetLite", "ResNet", "SwinTransformer"]
+__all__ = ["ConvNeXt", "EfficientNetLite", "MixVisionTransformer", "ResNet", "SwinTransformer", "UNetEncoder"]
