@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from densepred.engine import mapping_mmsegmentation as mmsegmentation
+from densepred.engine import mapping_segformer as segformer
 from densepred.engine.mapping_efficientnet_lite import efficientnet_lite_to_ours, ours_to_efficientnet_lite
 from densepred.engine.mapping_mask2former import (
     official_to_ours,
@@ -163,6 +164,25 @@ SOURCES = {
         encoder_only=False,
         import_values=mmsegmentation.import_values,
         export_values=mmsegmentation.export_values,
+    ),
+    "segformer": Source(
+        "a whole SegFormer of NVIDIA",
+        segformer.segformer_to_ours,
+        segformer.segformer_to_official,
+        dropped=r"decode_head\.conv_seg\..*",  # there, and used by nothing
+        fingerprint=(r"backbone\.patch_embed1\.", r"decode_head\.linear_fuse\.", r"decode_head\.linear_pred\."),
+        encoder_only=False,
+        import_values=segformer.nvidia_values_to_ours,
+        export_values=segformer.nvidia_values_to_theirs,
+    ),
+    "mit": Source(
+        "an ImageNet MiT of NVIDIA",
+        segformer.nvidia_to_ours,
+        segformer.ours_to_nvidia,
+        dropped=r"head\..*",
+        fingerprint=(r"patch_embed1\.proj\.weight", r"block1\.0\.attn\.q\.weight"),
+        import_values=segformer.nvidia_values_to_ours,
+        export_values=segformer.nvidia_values_to_theirs,
     ),
     "transformers": Source(
         "a whole Mask2FormerForUniversalSegmentation of Hugging Face's transformers",
