@@ -2,5 +2,6 @@
 
 from densepred.heads.kmax import KMaXHead
 from densepred.heads.mask2former import Mask2FormerHead
+from densepred.heads.semantic import SemanticHead
 
-__all__ = ["KMaXHead", "Mask2FormerHead"]
+__all__ = ["KMaXHead", "Mask2FormerHead", "SemanticHead"]

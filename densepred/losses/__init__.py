@@ -3,5 +3,6 @@
 from densepred.losses.kmax import KMaXCriterion
 from densepred.losses.mask2former import Mask2FormerCriterion
 from densepred.losses.matcher import hungarian_match
+from densepred.losses.semantic import CrossEntropyLoss
 
-__all__ = ["KMaXCriterion", "Mask2FormerCriterion", "hungarian_match"]
+__all__ = ["CrossEntropyLoss", "KMaXCriterion", "Mask2FormerCriterion", "hungarian_match"]
