@@ -7,6 +7,7 @@ from densepred.decoders.fcn import FCNDecoder
 from densepred.decoders.kmax import KMaXPixelDecoder
 from densepred.decoders.nonlocal_block import NonLocalDecoder
 from densepred.decoders.psp import PSPDecoder
+from densepred.decoders.segformer import SegFormerDecoder
 from densepred.decoders.unetpp import UNetPlusPlusDecoder
 from densepred.decoders.uper import UPerDecoder
 
@@ -18,6 +19,7 @@ __all__ = [
     "KMaXPixelDecoder",
     "NonLocalDecoder",
     "PSPDecoder",
+    "SegFormerDecoder",
     "UNetPlusPlusDecoder",
     "UPerDecoder",
 ]
