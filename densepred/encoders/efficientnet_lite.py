@@ -48,11 +48,18 @@ class ConvNorm(nn.Module):
     """Convolution with SAME padding and BatchNorm (eps 1e-3, momentum 0.01), then ReLU6 unless it is linear."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1, linear: bool = False
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        linear: bool = False,
     ) -> None:
         super().__init__()
-        padding = kernel // 2 if stride == 1 else 0
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, groups=groups, bias=False)
+        padding = dilation * (kernel // 2) if stride == 1 else 0
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, groups, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=1e-3, momentum=0.01)
         self.linear = linear
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")
@@ -69,11 +76,13 @@ class ConvNorm(nn.Module):
 class Block(nn.Module):
     """Inverted residual: 1x1 to six times the channels (not in the first stage), depthwise, 1x1 back, all normed."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, expansion: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, stride: int, dilation: int, expansion: int
+    ) -> None:
         super().__init__()
         width = in_channels * expansion
         self.expand = ConvNorm(in_channels, width, 1) if expansion > 1 else nn.Identity()
-        self.depthwise = ConvNorm(width, width, kernel, stride, groups=width)
+        self.depthwise = ConvNorm(width, width, kernel, stride, dilation, groups=width)
         self.project = ConvNorm(width, out_channels, 1, linear=True)
         self.residual = stride == 1 and in_channels == out_channels
 
@@ -92,6 +101,8 @@ class EfficientNetLite(BaseModule):
     Args:
         arch: "lite0", "lite1" or "lite2".
         out_features: of "res1" (stride 2), "res2" (4), "res3" (8), "res4" (16), "res5" (32).
+        output_stride: 32, or 16 or 8: strides beyond it are dropped and the convolutions behind them dilated instead, so that
+            the weights see what they were trained on, on a finer grid (as DeepLab does with its encoders).
         init_cfg: ``dict(type="Pretrained", checkpoint="package:efficientnet-lite0")`` (or 1, 2) reads an installed
             package's ImageNet weights; a path reads a file of the same keys.
 
@@ -99,13 +110,14 @@ class EfficientNetLite(BaseModule):
         channels, strides: of the returned maps, in the order of ``out_features``.
 
     Raises:
-        ValueError: unknown ``arch`` or feature name.
+        ValueError: unknown ``arch`` or feature name, or another ``output_stride``.
     """
 
     def __init__(
         self,
         arch: str = "lite0",
         out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
+        output_stride: int = 32,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -114,20 +126,25 @@ class EfficientNetLite(BaseModule):
         for name in out_features:
             if name not in MAPS:
                 raise ValueError(f"out_features: EfficientNetLite has no map {name!r}{nearest(name, MAPS)}")
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride={output_stride!r}: EfficientNetLite knows 8, 16 and 32")
         depths, widths = ARCHS[arch]
         self.stem = ConvNorm(3, STEM_CHANNELS, 3, stride=2)
         self.blocks = nn.ModuleList()
-        in_channels = STEM_CHANNELS
+        in_channels, reached, dilation = STEM_CHANNELS, 2, 1
         for i, (depth, width) in enumerate(zip(depths, widths, strict=True)):
             for j in range(depth):
-                stride = STRIDES[i] if j == 0 else 1
-                self.blocks.append(Block(in_channels, width, KERNELS[i], stride, EXPANSION if i > 0 else 1))
+                wanted = STRIDES[i] if j == 0 else 1
+                stride = wanted if reached * wanted <= output_stride else 1
+                self.blocks.append(Block(in_channels, width, KERNELS[i], stride, dilation, EXPANSION if i > 0 else 1))
+                # The convolution that loses its stride still reads the grid before it.
+                reached, dilation = reached * stride, dilation * wanted // stride
                 in_channels = width
         last_blocks = [count - 1 for count in accumulate(depths)]
         self.out_features = tuple(out_features)
         self.out_blocks = [last_blocks[MAPS[name]] for name in out_features]
         self.channels = [widths[MAPS[name]] for name in out_features]
-        self.strides = [2 ** int(name[3:]) for name in out_features]
+        self.strides = [min(2 ** int(name[3:]), output_stride) for name in out_features]
 
     def init_weights(self) -> None:
         """Apply ``init_cfg``, within the package's scope so that "Pretrained" is ours however the encoder was built."""
