@@ -64,6 +64,16 @@ def test_an_image_larger_than_the_batch_is_named():
         preprocessor(size=(4, 4))(batch((5, 3)))
 
 
-def test_size_and_divisor_exclude_each_other():
-    with pytest.raises(ValueError, match="one of size"):
+def test_size_in_training_and_divisor_in_evaluation():
+    both = preprocessor(size=(9, 7), size_divisor=1)
+    assert both(batch((5, 6), (8, 3)), training=True)["inputs"].shape == (2, 3, 9, 7)
+    out = both(batch((11, 6), (8, 13)), training=False)  # larger than the training size, and not padded to it
+    assert out["inputs"].shape == (2, 3, 11, 13)
+    assert [s.img_shape for s in out["data_samples"]] == [(11, 6), (8, 13)]
+    with pytest.raises(ValueError, match="size is 9x7, but the pipeline delivered 11x6"):
+        both(batch((11, 6)), training=True)
+
+
+def test_a_size_is_needed():
+    with pytest.raises(ValueError, match=r"give size=\(H, W\) of the batches, or size_divisor, or both"):
         preprocessor()

@@ -3,6 +3,7 @@
 import pickle
 
 import cv2
+import mmcv
 import numpy as np
 import pytest
 import torch
@@ -16,10 +17,12 @@ from densepred.data.transforms import (
     Redraw,
     ResizeShortEdge,
     ResizeToFit,
+    ScaleAndCrop,
     ScaleJitter,
     SemanticFromPanoptic,
     ShortEdgeJitter,
     SSDColorJitter,
+    largest_share,
     nearest_index,
     resize,
 )
@@ -104,8 +107,12 @@ def assert_consistent(results):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_labels_move_with_the_image(seed):
-    jitters = [ScaleJitter((64, 72), (0.6, 1.6)), ShortEdgeJitter((50, 70, 120), 150, (60, 64))]
-    pipeline = [Albumentations(GEOMETRY), jitters[seed % 2], PadTo((64, 72), fill=0), ResizeToFit((90, 90))]
+    jitters = [
+        ScaleJitter((64, 72), (0.6, 1.6)),
+        ShortEdgeJitter((50, 70, 120), 150, (60, 64)),
+        ScaleAndCrop((60, 64), ratio_range=(0.7, 1.6), max_class_share=0.6),
+    ]
+    pipeline = [Albumentations(GEOMETRY), jitters[seed % 3], PadTo((64, 72), fill=0), ResizeToFit((90, 90))]
     results = scene(seed)
     for transform in pipeline:
         results = transform(results)
@@ -229,6 +236,65 @@ def test_short_edge_jitter_draws_all_lengths_and_places():
         starts.append(int(results["img"][0, 0, 0]))
     assert shapes == {(30, 50), (40, 50)}
     assert min(starts) < 10 and max(starts) > 130
+
+
+@pytest.mark.parametrize("shape", [(512, 683), (683, 512), (1024, 2048), (33, 500)])
+@pytest.mark.parametrize("base_size", [(2048, 512), (512, 2048), None])
+@pytest.mark.parametrize("ratio", [0.5, 0.731, 2.0])
+def test_scale_and_crop_sizes_are_mmcvs(shape, base_size, ratio):
+    crop = ScaleAndCrop((10**4, 10**4), base_size, ratios=[ratio])
+    scale = ratio if base_size is None else tuple(int(side * ratio) for side in base_size)
+    results = crop(dict(img=np.zeros((*shape, 3), np.uint8), rng=np.random.default_rng(0)))
+    assert results["img_shape"] == mmcv.rescale_size(shape[::-1], scale)[::-1]
+
+
+def test_scale_and_crop_draws_all_factors_and_places():
+    img = np.tile(np.arange(0, 240, 2, dtype=np.uint8)[None, :, None], (60, 1, 3))  # 60 x 120, brighter to the right
+    for options, sizes in ((dict(ratios=[0.5, 1, 1.5]), 3), (dict(ratio_range=(0.5, 1.5)), 20)):
+        crops = [ScaleAndCrop((75, 50), **options)(dict(img=img, rng=np.random.default_rng(s))) for s in range(60)]
+        heights, widths = np.array([crop["img_shape"] for crop in crops]).T
+        starts = [crop["img"][0, 0, 0] for crop in crops]
+        assert len(set(heights)) >= sizes and heights.min() <= 35 and heights.max() == 75 and set(widths) == {50}
+        assert min(starts) < 10 and max(starts) > 130
+
+
+def test_scale_and_crop_avoids_crops_of_one_class():
+    semantic = np.full((100, 200), 3, np.uint8)
+    semantic[:, 140:], semantic[:20] = 5, 255
+    shares = []
+    for share in (1.0, 0.75):
+        crop = ScaleAndCrop((40, 40), ratios=[1.0], max_class_share=share)
+        drawn = [
+            crop(dict(img=np.zeros((100, 200, 3), np.uint8), semantic=semantic, rng=np.random.default_rng(seed)))
+            for seed in range(200)
+        ]
+        assert {results["semantic"].shape for results in drawn} == {(40, 40)}
+        shares.append(np.mean([largest_share(results["semantic"]) < 0.75 for results in drawn]))
+    assert shares == pytest.approx([0.118, 0.715], abs=0.1)  # 19 of 161 places pass: 1 - (1 - 0.118)^10 = 0.715
+
+
+def test_scale_and_crop_takes_the_last_of_ten_crops_where_everything_is_ignored():
+    semantic = np.full((20, 20), 255, np.uint8)
+    results = dict(img=np.zeros((20, 20, 3), np.uint8), semantic=semantic, rng=np.random.default_rng(0))
+    assert (ScaleAndCrop((8, 8), ratios=[1.0], max_class_share=0.75)(results)["semantic"] == 255).all()
+    reference = np.random.default_rng(0)
+    reference.choice([1.0])
+    reference.integers(13, size=20)
+    assert results["rng"].integers(2**40) == reference.integers(2**40)
+
+
+def test_scale_and_crop_refuses():
+    with pytest.raises(ValueError, match=r"max_class_share=1\.5 is no share"):
+        ScaleAndCrop((8, 8), max_class_share=1.5)
+    with pytest.raises(ValueError, match="load the labels before it"):
+        ScaleAndCrop((8, 8), max_class_share=0.75)(
+            dict(img=np.zeros((9, 9, 3), np.uint8), rng=np.random.default_rng(0))
+        )
+
+
+def test_largest_share():
+    assert largest_share(np.array([[0, 0, 7, 255]], np.uint8)) == 2 / 3
+    assert largest_share(np.array([[254]], np.uint8)) == largest_share(np.array([[255]], np.uint8)) == 1
 
 
 def test_pad_to():

@@ -2,6 +2,7 @@
 
 from densepred.data.ade20k import ADE20KPanoptic, ADE20KSemantic
 from densepred.data.augmentations import Albumentations
+from densepred.data.camvid import CamVid
 from densepred.data.cityscapes import CityscapesInstances, CityscapesPanoptic, CityscapesSemantic
 from densepred.data.coco import CocoPanoptic
 from densepred.data.copy_paste import CopyPaste
@@ -16,6 +17,7 @@ from densepred.data.transforms import (
     Redraw,
     ResizeShortEdge,
     ResizeToFit,
+    ScaleAndCrop,
     ScaleJitter,
     SemanticFromPanoptic,
     ShortEdgeJitter,
@@ -26,6 +28,7 @@ __all__ = [
     "ADE20KPanoptic",
     "ADE20KSemantic",
     "Albumentations",
+    "CamVid",
     "CityscapesInstances",
     "CityscapesPanoptic",
     "CityscapesSemantic",
@@ -44,6 +47,7 @@ __all__ = [
     "ResizeShortEdge",
     "ResizeToFit",
     "SSDColorJitter",
+    "ScaleAndCrop",
     "ScaleJitter",
     "SeekableSampler",
     "SegPreprocessor",

@@ -321,6 +321,22 @@ The 100 things are the classes of the instance challenge, whose number k (1..100
 """
 
 
+CAMVID: tuple[Category, ...] = (
+    (0, "sky", False, (128, 128, 128)),
+    (1, "building", False, (128, 0, 0)),
+    (2, "pole", False, (192, 192, 128)),
+    (3, "road", False, (128, 64, 128)),
+    (4, "pavement", False, (60, 40, 222)),
+    (5, "tree", False, (128, 128, 0)),
+    (6, "sign", False, (192, 128, 128)),
+    (7, "fence", False, (64, 64, 128)),
+    (8, "car", False, (64, 0, 128)),
+    (9, "pedestrian", False, (64, 64, 0)),
+    (10, "bicyclist", False, (0, 128, 192)),
+)
+"""The 11 classes that SegNet made of CamVid's 32; ids as in its label files, in which 11 is void."""
+
+
 def metainfo(table: tuple[Category, ...]) -> dict[str, tuple]:
     """Return a data set's ``METAINFO``: ``category_ids``, ``classes``, ``isthing`` and ``palette``, a tuple each."""
     ids, names, things, colours = zip(*table, strict=True)

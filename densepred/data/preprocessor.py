@@ -21,10 +21,12 @@ class SegPreprocessor(BaseDataPreprocessor):
         mean: per channel, RGB, in 0..255.
         std: per channel, RGB, in 0..255.
         size: (H, W) of the batch; an image larger than it is an error.
-        size_divisor: without ``size``, the batch takes the largest image's size rounded up to a multiple of this.
+        size_divisor: the batch takes the largest image's size rounded up to a multiple of this. Given together with
+            ``size``, it holds in evaluation and ``size`` in training: mmsegmentation pads training crops to the crop and
+            test images not at all (1).
 
     Raises:
-        ValueError: both or neither of ``size`` and ``size_divisor`` are given.
+        ValueError: neither ``size`` nor ``size_divisor`` is given.
     """
 
     def __init__(
@@ -35,10 +37,8 @@ class SegPreprocessor(BaseDataPreprocessor):
         size_divisor: int | None = None,
     ) -> None:
         super().__init__()
-        if (size is None) == (size_divisor is None):
-            raise ValueError(
-                f"SegPreprocessor: give one of size={size} and size_divisor={size_divisor}, not both or none"
-            )
+        if size is None and size_divisor is None:
+            raise ValueError("SegPreprocessor: give size=(H, W) of the batches, or size_divisor, or both")
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.size = tuple(size) if size else None
@@ -53,7 +53,7 @@ class SegPreprocessor(BaseDataPreprocessor):
         """
         data = self.cast_data(data)
         images, samples = list(data["inputs"]), data.get("data_samples") or [SegSample() for _ in data["inputs"]]
-        height, width = self._batch_size(images, samples)
+        height, width = self._batch_size(images, samples, training)
         batch = torch.stack(
             [self._normalise(image, sample, height, width) for image, sample in zip(images, samples, strict=True)]
         )  # (B, 3, H, W)
@@ -63,9 +63,9 @@ class SegPreprocessor(BaseDataPreprocessor):
                 pad_targets(sample, height, width)
         return {"inputs": batch, "data_samples": samples}
 
-    def _batch_size(self, images: list[Tensor], samples: list[SegSample]) -> tuple[int, int]:
+    def _batch_size(self, images: list[Tensor], samples: list[SegSample], training: bool) -> tuple[int, int]:
         height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
-        if self.size is None:
+        if self.size is None or (self.size_divisor is not None and not training):
             step = self.size_divisor
             return -(-height // step) * step, -(-width // step) * step
         if height > self.size[0] or width > self.size[1]:

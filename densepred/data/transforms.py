@@ -81,12 +81,22 @@ def resize(
     image = Image.fromarray(results["img"]).resize((columns, rows), Image.Resampling.BILINEAR, box=box)
     results["img"] = np.array(image)  # (rows, columns, 3)
     results["img_shape"] = (rows, columns)
-    ys = nearest_index(height, shape[0])[top : top + rows]
-    xs = nearest_index(width, shape[1])[left : left + columns]
+    ys, xs = _indices((height, width), shape, offset, (rows, columns))
     for key in VOID:
         if key in results:
             results[key] = _take_masks(results[key], ys, xs) if key == "masks" else _take(results[key], ys, xs)
     return drop_vanished(results)
+
+
+def _indices(
+    old: tuple[int, int], new: tuple[int, int], offset: tuple[int, int], window: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows and columns of the ``old`` pixels that a window of the ``new`` size shows; all sizes (H, W)."""
+    ys, xs = (
+        nearest_index(before, after)[start : start + length]
+        for before, after, start, length in zip(old, new, offset, window, strict=True)
+    )
+    return ys, xs
 
 
 def _take(labels: np.ndarray, ys: np.ndarray, xs: np.ndarray) -> np.ndarray:
@@ -190,6 +200,78 @@ class ShortEdgeJitter(BaseTransform):
         short_edge = self.short_edges[int(results["rng"].integers(len(self.short_edges)))]
         shape = short_edge_shape(*results["img"].shape[:2], short_edge, self.max_size)
         return resize_and_crop(results, shape, self.crop_size)
+
+
+@TRANSFORMS.register_module()
+class ScaleAndCrop(BaseTransform):
+    """Scale by a random factor, aspect kept, then crop at random: the augmentation of most semantic recipes.
+
+    Results smaller than the crop stay unpadded; the preprocessor's ``size`` pads them after the normalisation. With
+    ``max_class_share`` a crop is drawn anew, up to ten times in all, until no class has that share of its labelled pixels
+    (nor is everything ignored); the last one is taken as it is. The numbers are those of mmsegmentation's ``RandomResize``
+    and ``RandomCrop``.
+
+    Args:
+        crop_size: (H, W) of the crop in pixels.
+        base_size: (long, short) sides in pixels of the box that the factor multiplies and the image is fitted into,
+            whichever way it lies; ``None``: the image's own size.
+        ratio_range: limits of the uniform factor.
+        ratios: instead of ``ratio_range``, factors that are all equally likely.
+        max_class_share: 0..1; 1: any crop will do.
+
+    Raises:
+        ValueError: a share outside (0, 1]; or shares are to be looked at and the results have no ``semantic``.
+    """
+
+    TRIES = 10
+
+    def __init__(
+        self,
+        crop_size: tuple[int, int],
+        base_size: tuple[int, int] | None = None,
+        ratio_range: tuple[float, float] = (0.5, 2.0),
+        ratios: Sequence[float] | None = None,
+        max_class_share: float = 1.0,
+    ) -> None:
+        if not 0 < max_class_share <= 1:
+            raise ValueError(f"ScaleAndCrop: max_class_share={max_class_share} is no share; it lies in 0 < share <= 1")
+        self.crop_size, self.base_size = tuple(crop_size), base_size
+        self.ratio_range, self.ratios = ratio_range, ratios
+        self.max_class_share = max_class_share
+
+    def transform(self, results: dict) -> dict:
+        rng: Generator = results["rng"]
+        ratio = rng.uniform(*self.ratio_range) if self.ratios is None else rng.choice(self.ratios)
+        shape = self._scaled(*results["img"].shape[:2], ratio)
+        window = min(shape[0], self.crop_size[0]), min(shape[1], self.crop_size[1])
+        return resize(results, shape, self._offset(results, shape, window), window)
+
+    def _scaled(self, height: int, width: int, ratio: float) -> tuple[int, int]:
+        if self.base_size is not None:
+            short, long = sorted(int(side * ratio) for side in self.base_size)
+            ratio = min(long / max(height, width), short / min(height, width))
+        return max(int(height * ratio + 0.5), 1), max(int(width * ratio + 0.5), 1)
+
+    def _offset(self, results: dict, shape: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
+        """Return (top, left) of a crop that passes, or the last one drawn."""
+        rng = results["rng"]
+        if self.max_class_share < 1 and "semantic" not in results:
+            raise ValueError("ScaleAndCrop with max_class_share below 1 wants `semantic`: load the labels before it")
+        for _ in range(1 if self.max_class_share == 1 else self.TRIES):
+            top, left = (int(rng.integers(whole - part + 1)) for whole, part in zip(shape, window, strict=True))
+            if self.max_class_share == 1 or window == shape:
+                break
+            labels = results["semantic"]
+            labels = _take(labels, *_indices(labels.shape, shape, (top, left), window))
+            if largest_share(labels) < self.max_class_share:
+                break
+        return top, left
+
+
+def largest_share(labels: np.ndarray) -> float:
+    """Return the share that the most frequent class has of the labelled pixels, 1 where everything is ignored."""
+    counts = np.bincount(labels.ravel(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
+    return float(counts.max() / counts.sum()) if counts.any() else 1.0
 
 
 @TRANSFORMS.register_module()
