@@ -2,6 +2,7 @@
 
 from densepred.decoders.adaptive import AdaptiveExit
 from densepred.decoders.aspp import ASPPDecoder
+from densepred.decoders.ccnet import CCNetDecoder, CrissCrossAttention
 from densepred.decoders.deformable import DeformablePixelDecoder
 from densepred.decoders.fcn import FCNDecoder
 from densepred.decoders.kmax import KMaXPixelDecoder
@@ -14,6 +15,8 @@ from densepred.decoders.uper import UPerDecoder
 __all__ = [
     "ASPPDecoder",
     "AdaptiveExit",
+    "CCNetDecoder",
+    "CrissCrossAttention",
     "DeformablePixelDecoder",
     "FCNDecoder",
     "KMaXPixelDecoder",
