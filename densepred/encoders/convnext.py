@@ -22,6 +22,7 @@ ARCHS = {
     "small": ((3, 3, 27, 3), (96, 192, 384, 768)),
     "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
     "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "xlarge": ((3, 3, 27, 3), (256, 512, 1024, 2048)),
 }
 """Blocks and channels of the four stages."""
 
@@ -29,8 +30,8 @@ ARCHS = {
 class LayerNorm(nn.LayerNorm):
     """LayerNorm of the axis ``axis``, never below float32: half precision is normalised in float32 and cast back."""
 
-    def __init__(self, channels: int, axis: int = -1) -> None:
-        super().__init__(channels, eps=1e-6)
+    def __init__(self, channels: int, axis: int = -1, eps: float = 1e-6) -> None:
+        super().__init__(channels, eps)
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,13 +53,13 @@ def drop_path(x: Tensor, rate: float) -> Tensor:
 class Block(nn.Module):
     """Depthwise 7x7, LayerNorm, Linear x4, GELU, Linear, layer scale, residual: (B, C, H, W) -> the same."""
 
-    def __init__(self, channels: int, drop_path_rate: float) -> None:
+    def __init__(self, channels: int, drop_path_rate: float, layer_scale_init: float) -> None:
         super().__init__()
         self.dwconv = nn.Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
         self.norm = LayerNorm(channels)
         self.pwconv1 = nn.Linear(channels, 4 * channels)
         self.pwconv2 = nn.Linear(4 * channels, channels)
-        self.gamma = nn.Parameter(torch.full((channels,), 1e-6))
+        self.gamma = nn.Parameter(torch.full((channels,), layer_scale_init))
         self.drop_path_rate = drop_path_rate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,15 +72,21 @@ class Block(nn.Module):
 class ConvNeXt(BaseModule):
     """ConvNeXt encoder: ``forward(images (B, 3, H, W))`` returns one map per name of ``out_features``, in that order.
 
-    Maps are raw stage outputs, without a norm of their own.
+    Maps are raw stage outputs, without a norm of their own, unless ``output_norm`` asks for one.
 
     Args:
-        arch: "tiny", "small", "base" or "large".
+        arch: "tiny", "small", "base", "large" or "xlarge".
         out_features: of "stem" (before the first stage, stride 4), "res2" (4), "res3" (8), "res4" (16), "res5" (32).
         drop_path_rate: of the last block; it grows linearly from 0 over all blocks. kMaX-DeepLab on COCO: tiny 0.3,
             small 0.4, base 0.5, large 0.6.
-        kmax_padding: pad as kMaX-DeepLab does, for sides of any size; without it sides are cut to a multiple of 32.
-        init_cfg: ``dict(type="Pretrained", checkpoint=PATH)`` reads official and timm files.
+        kmax_padding: pad as kMaX-DeepLab does, for sides of any size; without it sides are cut to a multiple of 32, those
+            below 32 filled up with zeros.
+        output_norm: a LayerNorm on each map handed on (``norm0`` to ``norm3``), as in mmsegmentation and in the authors'
+            dense prediction; the next stage still takes the raw map. "stem" has none.
+        layer_scale_init: start value of the layer scales; 1.0 in the recipes for semantic segmentation.
+        downsample_norm_eps: of the LayerNorms before the three downsampling convolutions; 1e-5 in mmcls 0.25, which the
+            published VWFormer weights come from, 1e-6 everywhere else.
+        init_cfg: ``dict(type="Pretrained", checkpoint=PATH)`` reads official, timm and mmpretrain files.
 
     Attributes:
         channels, strides: of the returned maps, in the order of ``out_features``.
@@ -94,6 +101,9 @@ class ConvNeXt(BaseModule):
         out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
         drop_path_rate: float = 0.0,
         kmax_padding: bool = False,
+        output_norm: bool = False,
+        layer_scale_init: float = 1e-6,
+        downsample_norm_eps: float = 1e-6,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -104,15 +114,20 @@ class ConvNeXt(BaseModule):
         self.kmax_padding = kmax_padding
         self.downsample_layers = nn.ModuleList([nn.Sequential(nn.Conv2d(3, dims[0], 4, 4), LayerNorm(dims[0], axis=1))])
         for before, after in pairwise(dims):
-            self.downsample_layers.append(nn.Sequential(LayerNorm(before, axis=1), nn.Conv2d(before, after, 2, 2)))
+            norm = LayerNorm(before, axis=1, eps=downsample_norm_eps)
+            self.downsample_layers.append(nn.Sequential(norm, nn.Conv2d(before, after, 2, 2)))
         self.stages = nn.ModuleList()
         for count, dim in zip(blocks, dims, strict=True):
-            self.stages.append(nn.Sequential(*[Block(dim, rates.pop(0)) for _ in range(count)]))
+            self.stages.append(nn.Sequential(*[Block(dim, rates.pop(0), layer_scale_init) for _ in range(count)]))
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         self._state_outputs(out_features, dims)
+        self.output_norm = output_norm
+        for i, dim in enumerate(dims):
+            if output_norm and f"res{i + 2}" in out_features:
+                self.add_module(f"norm{i}", LayerNorm(dim, axis=1))
 
     def _state_outputs(self, out_features: Sequence[str], dims: Sequence[int]) -> None:
         channels = {"stem": dims[0]} | {f"res{i + 2}": dim for i, dim in enumerate(dims)}
@@ -131,7 +146,8 @@ class ConvNeXt(BaseModule):
 
     def forward(self, images: Tensor, num_maps: int | None = None) -> list[Tensor]:
         """Return the first ``num_maps`` maps of ``out_features`` (all without it); what lies behind them is not computed."""
-        maps, x, names = {}, images, self.out_features[:num_maps]
+        maps, names = {}, self.out_features[:num_maps]
+        x = images if self.kmax_padding else _at_least(images, 32)
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             if maps.keys() >= set(names):
                 break
@@ -140,5 +156,15 @@ class ConvNeXt(BaseModule):
             x = downsample(x)
             if i == 0:
                 maps["stem"] = x
-            x = maps[f"res{i + 2}"] = stage(x)
+            x = stage(x)
+            name = f"res{i + 2}"
+            maps[name] = getattr(self, f"norm{i}")(x) if self.output_norm and name in names else x
         return [maps[name] for name in names]
+
+
+def _at_least(images: Tensor, side: int) -> Tensor:
+    """Fill images (B, C, H, W) up with zeros, right and below, where a side is shorter than ``side``."""
+    height, width = images.shape[-2:]
+    if min(height, width) >= side:
+        return images
+    return F.pad(images, (0, max(side - width, 0), 0, max(side - height, 0)))
