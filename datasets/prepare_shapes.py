@@ -1,4 +1,4 @@
-"""Write Shapes, the generated panoptic set, in the layout of COCO, Cityscapes or ADE20K.
+"""Write Shapes, the generated panoptic set, in the layout of another set (COCO, Cityscapes, ADE20K, CamVid, ...).
 
 The same arguments give the same bytes. A set that is there already is left alone; one with other arguments is replaced
 (only files that this script wrote). Files of anybody else are never touched.
@@ -13,6 +13,7 @@ from pathlib import Path
 VERSION = 1
 """Of the generator and the layouts; a set of another version is written anew."""
 KEYS = ("layout", "train", "val", "seed", "height", "width")
+LAYOUTS = ("coco", "cityscapes", "ade20k", "camvid", "isbi2012", "dsb2018")
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 
@@ -20,7 +21,7 @@ PARTIAL = ".partial"
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("root", nargs="?", default="datasets/shapes", help="folder to write")
-    parser.add_argument("--layout", choices=("coco", "cityscapes", "ade20k"), default="coco", help="whose files it has")
+    parser.add_argument("--layout", choices=LAYOUTS, default="coco", help="whose files it has")
     parser.add_argument("--train", type=int, default=1200, help="training scenes")
     parser.add_argument("--val", type=int, default=100, help="validation scenes, drawn from other seeds")
     parser.add_argument("--seed", type=int, default=0, help="another number gives another set")
@@ -60,12 +61,17 @@ def is_complete(root: Path, made_with: dict) -> bool:
 
 def main(arguments: argparse.Namespace) -> None:
     """Write the set beside what is there, then exchange the files."""
-    from densepred.data.shapes_files import write_split
+    from densepred.data.shapes_files import FIXED_COUNTS, write_split
 
     root = Path(arguments.root)
     for key, least in {"train": 1, "val": 1, "seed": 0, "height": 32, "width": 32}.items():
         if getattr(arguments, key) < least:
             raise ValueError(f"--{key} {getattr(arguments, key)} is too small; the least is {least}")
+    for key, count in FIXED_COUNTS.get(arguments.layout, {}).items():
+        if getattr(arguments, key) != count:
+            raise ValueError(
+                f"the layout {arguments.layout} has {count} {key} images, not {getattr(arguments, key)}: --{key} {count}"
+            )
     old = read_manifest(root)["files"]
     partial = root / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)

@@ -40,6 +40,13 @@ def test_labels_are_the_files_and_11_is_ignored(root):
     assert packed.gt_semantic.max() == 255 and packed.label_path == str(root / "labels" / "train" / "c.png")
 
 
+def test_shapes_in_this_layout(make_shapes):
+    for split, count in (("train", 6), ("val", 3)):
+        dataset = CamVid(str(make_shapes("camvid")), split, LOAD)
+        found = set(np.concatenate([np.unique(sample["semantic"]) for sample in dataset]).tolist())
+        assert len(dataset) == count and len(found) > 5 and found <= {*range(11), 255} - {7}
+
+
 def test_class_table():
     info = CamVid.METAINFO
     assert len(info["classes"]) == len(set(info["palette"])) == len(CLASS_WEIGHTS) == 11

@@ -2,6 +2,7 @@
 
 from densepred.data.ade20k import ADE20KPanoptic, ADE20KSemantic
 from densepred.data.augmentations import Albumentations
+from densepred.data.binary import ISBI2012, DSB2018Nuclei
 from densepred.data.camvid import CamVid
 from densepred.data.cityscapes import CityscapesInstances, CityscapesPanoptic, CityscapesSemantic
 from densepred.data.coco import CocoPanoptic
@@ -25,6 +26,7 @@ from densepred.data.transforms import (
 )
 
 __all__ = [
+    "ISBI2012",
     "ADE20KPanoptic",
     "ADE20KSemantic",
     "Albumentations",
@@ -35,6 +37,7 @@ __all__ = [
     "CocoInstances",
     "CocoPanoptic",
     "CopyPaste",
+    "DSB2018Nuclei",
     "GateDataset",
     "LoadIdealDepth",
     "LoadImage",

@@ -97,13 +97,16 @@ def label_table(classes: dict[int, int]) -> np.ndarray:
 
 
 def look_up(labels: np.ndarray, table: np.ndarray, path: str) -> np.ndarray:
-    """Return the classes (uint8) of stored labels of any shape by a `label_table`.
+    """Return the classes (uint8) of stored labels of any shape by a `label_table`, or by one of 65,536 entries.
 
     Raises:
         DamagedImageError: a label that the table does not know.
     """
-    classes = cv2.LUT(labels.astype(np.uint8), table).reshape(labels.shape)
-    unknown = labels[(classes < 0) | (labels > 255)]
+    if len(table) == 256:
+        classes = cv2.LUT(labels.astype(np.uint8), table).reshape(labels.shape)
+    else:
+        classes = table[labels]
+    unknown = labels[(classes < 0) | (labels >= len(table))]
     if len(unknown):
         known = np.flatnonzero(table >= 0)
         raise DamagedImageError(

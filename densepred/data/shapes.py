@@ -4,7 +4,7 @@ A scene is a landscape of up to four stuff regions with wavy borders (sky, groun
 their hues overlap) and two to six large objects on it: rotated and textured, in colours that hint at their class and
 sometimes mislead, so that the outline has to tell. Objects hide each other; some scenes have a crowd (a cluster of small
 objects of one class that is annotated as one segment) and some a patch of static, which is void.
-`densepred.data.shapes_files` writes scenes in the layouts of COCO, Cityscapes and ADE20K.
+`densepred.data.shapes_files` writes scenes in the layouts of real sets.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from densepred.data.class_tables import Category
 
 
 class ShapesClass(NamedTuple):
-    """A class of Shapes and the ids under which the three layouts store it."""
+    """A class of Shapes and the ids under which the layouts store it."""
 
     name: str
     isthing: bool
@@ -27,19 +27,20 @@ class ShapesClass(NamedTuple):
     coco_id: int
     cityscapes_id: int
     ade20k_id: int
+    camvid_id: int
 
 
 CLASSES = (
-    ShapesClass("cross", True, (220, 20, 60), 5, 24, 90),
-    ShapesClass("disc", True, (0, 0, 142), 37, 26, 119),
-    ShapesClass("triangle", True, (255, 140, 0), 38, 25, 132),
-    ShapesClass("ring", True, (160, 32, 240), 60, 33, 142),
-    ShapesClass("square", True, (0, 200, 170), 73, 27, 41),
-    ShapesClass("star", True, (250, 220, 40), 85, 32, 82),
-    ShapesClass("water", False, (58, 120, 200), 178, 8, 21),
-    ShapesClass("sky", False, (150, 205, 240), 187, 23, 2),
-    ShapesClass("grass", False, (90, 160, 60), 193, 22, 9),
-    ShapesClass("ground", False, (170, 130, 90), 194, 7, 13),
+    ShapesClass("cross", True, (220, 20, 60), 5, 24, 90, 9),
+    ShapesClass("disc", True, (0, 0, 142), 37, 26, 119, 8),
+    ShapesClass("triangle", True, (255, 140, 0), 38, 25, 132, 6),
+    ShapesClass("ring", True, (160, 32, 240), 60, 33, 142, 10),
+    ShapesClass("square", True, (0, 200, 170), 73, 27, 41, 1),
+    ShapesClass("star", True, (250, 220, 40), 85, 32, 82, 2),
+    ShapesClass("water", False, (58, 120, 200), 178, 8, 21, 4),
+    ShapesClass("sky", False, (150, 205, 240), 187, 23, 2, 0),
+    ShapesClass("grass", False, (90, 160, 60), 193, 22, 9, 5),
+    ShapesClass("ground", False, (170, 130, 90), 194, 7, 13, 3),
 )
 """Things, then stuff, each by ascending COCO id, as `CocoPanoptic` orders the classes of a file."""
 

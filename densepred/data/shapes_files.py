@@ -1,13 +1,16 @@
-"""Shapes on disk: scenes written in the layouts of COCO, Cityscapes and ADE20K, as the real sets lie there."""
+"""Shapes on disk: scenes written in the layouts of COCO, Cityscapes, ADE20K, CamVid and two sets of microscope images."""
 
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
+import cv2
 import numpy as np
+from PIL import Image
 from pycocotools import mask as rle
 
-from densepred.data import ade20k, cityscapes
+from densepred.data import ade20k, binary, camvid, cityscapes
 from densepred.data.class_tables import CITYSCAPES
 from densepred.data.prepare import (
     categories_json,
@@ -146,11 +149,58 @@ def ade20k_maps(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     return semantic[scene.ids], instances[scene.ids]
 
 
+def write_camvid(root: str, split: str, scenes: Iterable[Scene]) -> None:
+    """Write ``images/<split>/``, ``labels/<split>/`` and ``<split>.txt``; of CamVid's 11 classes fence never occurs."""
+    names = []
+    for number, scene in enumerate(scenes, 1):
+        names.append(f"shapes_{number:06d}")
+        _write_rgb(os.path.join(root, "images", split, f"{names[-1]}.png"), scene.image)
+        labels = np.full(max(scene.segments, default=0) + 1, camvid.VOID, np.uint8)
+        for segment, (name, _) in scene.segments.items():
+            labels[segment] = BY_NAME[name].camvid_id
+        write_image(os.path.join(root, "labels", split, f"{names[-1]}.png"), labels[scene.ids])
+    _write_list(root, split, names)
+
+
+def write_isbi2012(root: str, split: str, scenes: Iterable[Scene]) -> None:
+    """Write ``images/`` and ``labels/``, grey and 0 or 255: the segments are the cells, dark lines part them."""
+    for number, scene in zip(binary.SLICES[split], scenes, strict=True):
+        ids, square = scene.ids.astype(np.uint16), np.ones((3, 3), np.uint8)
+        membrane = cv2.dilate(ids, square) != cv2.erode(ids, square)  # two pixels wide
+        grey = cv2.cvtColor(scene.image, cv2.COLOR_RGB2GRAY)
+        write_image(os.path.join(root, "images", f"{number:02d}.png"), np.where(membrane, grey // 3, grey))
+        write_image(os.path.join(root, "labels", f"{number:02d}.png"), np.where(membrane, 0, 255).astype(np.uint8))
+
+
+def write_dsb2018(root: str, split: str, scenes: Iterable[Scene]) -> None:
+    """Write ``images/<split>/``, ``instances/<split>/`` (16 bits) and ``<split>.txt``: the things are the nuclei."""
+    names = []
+    for number, scene in enumerate(scenes, 1):
+        names.append(f"{number:016x}")
+        image = os.path.join(root, "images", split, f"{names[-1]}.webp")
+        os.makedirs(os.path.dirname(image), exist_ok=True)
+        Image.fromarray(scene.image).save(image, lossless=True)
+        things = [segment for segment, (name, _) in scene.segments.items() if BY_NAME[name].isthing]
+        instances = np.zeros(max(scene.segments, default=0) + 1, np.uint16)
+        instances[things] = np.arange(1, len(things) + 1)
+        write_image(os.path.join(root, "instances", split, f"{names[-1]}.png"), instances[scene.ids])
+    _write_list(root, split, names)
+
+
 LAYOUTS: dict[str, Callable[[str, str, Iterable[Scene]], None]] = {
     "coco": write_coco,
     "cityscapes": write_cityscapes,
     "ade20k": write_ade20k,
+    "camvid": write_camvid,
+    "isbi2012": write_isbi2012,
+    "dsb2018": write_dsb2018,
 }
+FIXED_COUNTS = {"isbi2012": {split: len(numbers) for split, numbers in binary.SLICES.items()}}
+"""Layouts that have just so many images."""
+
+
+def _write_list(root: str, split: str, names: list[str]) -> None:
+    Path(root, f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
 
 
 def _spread(numbers: int | np.ndarray) -> int | np.ndarray:
