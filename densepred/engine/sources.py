@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from densepred.engine import mapping_ccnet as ccnet
 from densepred.engine import mapping_mmsegmentation as mmsegmentation
 from densepred.engine import mapping_segformer as segformer
+from densepred.engine import mapping_unetpp as unetpp
 from densepred.engine.mapping_efficientnet_lite import efficientnet_lite_to_ours, ours_to_efficientnet_lite
 from densepred.engine.mapping_mask2former import (
     official_to_ours,
@@ -184,6 +186,45 @@ SOURCES = {
         import_values=segformer.nvidia_values_to_ours,
         export_values=segformer.nvidia_values_to_theirs,
     ),
+    "unetpp-nnunet": Source(
+        "a whole UNet++ of the official PyTorch code, two-dimensional",
+        unetpp.nnunet_to_ours,
+        unetpp.ours_to_nnunet,
+        dropped="",
+        fingerprint=unetpp.NNUNET_FINGERPRINT,
+        encoder_only=False,
+        export_values=unetpp.nnunet_values_to_theirs,
+    ),
+    "unetpp-keras": Source(
+        "a whole UNet++ of the official Keras code: its layers' names, kernels in PyTorch's layout",
+        unetpp.keras_to_ours,
+        unetpp.ours_to_keras,
+        dropped="",
+        fingerprint=unetpp.KERAS_FINGERPRINT,
+        encoder_only=False,
+        export_values=unetpp.keras_values_to_theirs,
+    ),
+    "smp": Source(
+        "a whole UNet++ of segmentation_models_pytorch over a ResNet",
+        unetpp.smp_to_ours,
+        unetpp.ours_to_smp,
+        dropped="",
+        fingerprint=unetpp.SMP_FINGERPRINT,
+        encoder_only=False,
+        import_values=unetpp.smp_values_to_ours,
+        export_values=unetpp.smp_values_to_theirs,
+    ),
+    "ccnet": Source(
+        "a whole CCNet of its authors' code",
+        ccnet.ccnet_to_ours,
+        ccnet.ours_to_ccnet,
+        dropped="",
+        fingerprint=ccnet.FINGERPRINT,
+        encoder_only=False,
+        kept=ccnet.KEPT,
+        import_values=ccnet.scales_to_ours,
+        export_values=ccnet.scales_to_theirs,
+    ),
     "transformers": Source(
         "a whole Mask2FormerForUniversalSegmentation of Hugging Face's transformers",
         transformers_to_ours,
@@ -225,6 +266,7 @@ SOURCES = {
         _same,
         _same,
         dropped=r"(norm|head)\..*",
+        kept=_STAGE_NORMS,
         fingerprint=(r"downsample_layers\.0\.0\.weight", r"stages\.0\.0\.dwconv\.weight"),
     ),
     "timm-convnext": Source(
@@ -244,6 +286,7 @@ SOURCES = {
             (r"stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
         ),
         dropped=r"(norm_pre|head)\..*",
+        kept=_STAGE_NORMS,
         fingerprint=(r"stem\.0\.weight", r"stages\.0\.blocks\.0\.conv_dw\.weight"),
     ),
     "efficientnet-lite": Source(
