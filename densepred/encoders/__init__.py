@@ -3,8 +3,17 @@
 from densepred.encoders.convnext import ConvNeXt
 from densepred.encoders.efficientnet_lite import EfficientNetLite
 from densepred.encoders.mit import MixVisionTransformer
+from densepred.encoders.mobilenet_v2 import MobileNetV2
 from densepred.encoders.resnet import ResNet
 from densepred.encoders.swin import SwinTransformer
 from densepred.encoders.unet import UNetEncoder
 
-__all__ = ["ConvNeXt", "EfficientNetLite", "MixVisionTransformer", "ResNet", "SwinTransformer", "UNetEncoder"]
+__all__ = [
+    "ConvNeXt",
+    "EfficientNetLite",
+    "MixVisionTransformer",
+    "MobileNetV2",
+    "ResNet",
+    "SwinTransformer",
+    "UNetEncoder",
+]
