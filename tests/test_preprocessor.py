@@ -74,6 +74,12 @@ def test_size_in_training_and_divisor_in_evaluation():
         both(batch((11, 6)), training=True)
 
 
+def test_bgr_turns_the_channels_before_it_normalises():
+    red = torch.tensor([200, 100, 30], dtype=torch.uint8).view(3, 1, 1).expand(3, 2, 2)
+    out = SegPreprocessor(mean=[1, 2, 3], std=[1, 1, 2], size_divisor=1, bgr=True)({"inputs": [red]})
+    assert out["inputs"][0, :, 0, 0].tolist() == [29, 98, 98.5]
+
+
 def test_a_size_is_needed():
     with pytest.raises(ValueError, match=r"give size=\(H, W\) of the batches, or size_divisor, or both"):
         preprocessor()

@@ -18,12 +18,13 @@ class SegPreprocessor(BaseDataPreprocessor):
     Padding after the normalisation makes padded pixels equal to the mean colour, as the published models were trained.
 
     Args:
-        mean: per channel, RGB, in 0..255.
-        std: per channel, RGB, in 0..255.
+        mean: per channel, in 0..255, in the order RGB, or BGR if ``bgr``.
+        std: likewise.
         size: (H, W) of the batch; an image larger than it is an error.
         size_divisor: the batch takes the largest image's size rounded up to a multiple of this. Given together with
             ``size``, it holds in evaluation and ``size`` in training: mmsegmentation pads training crops to the crop and
             test images not at all (1).
+        bgr: the model was trained on OpenCV's order of the channels and gets it.
 
     Raises:
         ValueError: neither ``size`` nor ``size_divisor`` is given.
@@ -35,6 +36,7 @@ class SegPreprocessor(BaseDataPreprocessor):
         std: Sequence[float],
         size: Sequence[int] | None = None,
         size_divisor: int | None = None,
+        bgr: bool = False,
     ) -> None:
         super().__init__()
         if size is None and size_divisor is None:
@@ -43,6 +45,7 @@ class SegPreprocessor(BaseDataPreprocessor):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.size = tuple(size) if size else None
         self.size_divisor = size_divisor
+        self.bgr = bgr
 
     def forward(self, data: dict, training: bool = False) -> dict:
         """Return ``dict(inputs=(B, 3, H, W) float tensor, data_samples=list of SegSample)``.
@@ -77,6 +80,7 @@ class SegPreprocessor(BaseDataPreprocessor):
         return self.size
 
     def _normalise(self, image: Tensor, sample: SegSample, height: int, width: int) -> Tensor:
+        image = image.flip(0) if self.bgr else image
         image = (image.to(self.mean.dtype) - self.mean) / self.std
         if "padding" in sample:
             image = image.masked_fill(sample.padding[None], 0.0)
