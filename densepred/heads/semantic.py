@@ -91,7 +91,8 @@ class SemanticHead(nn.Module):
             Dice and arg max of these are the sigmoid forms of z.
         deep_weights: of the losses of each deep map; the last map's is 1. Default: all 1, as UNet++ has it.
         average_deep: prediction averages the probabilities of all classifiers instead of taking the last one's.
-        embedding_loss: config of a loss on ``Features.embedding``, called with it and the labels.
+        embedding_loss: config of a loss on ``Features.embedding``, called with it and the labels (B, H, W); it returns its
+            terms by name.
 
     Raises:
         ValueError: ``binary`` with other than 2 classes, an auxiliary index that the encoder lacks, ``deep_weights`` of another
@@ -134,8 +135,8 @@ class SemanticHead(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.deep_classifiers = nn.ModuleList(classifier(c, outputs, kernel_size, bias) for c in deep_channels)
         self.classifier = classifier(in_channels, outputs, kernel_size, bias)
-        self.losses = build_losses(losses)
-        self.embedding_loss = build_losses([embedding_loss])[0] if embedding_loss else None
+        self.losses = build_losses(losses, num_classes)
+        self.embedding_loss = build_losses([embedding_loss], num_classes)[0] if embedding_loss else None
         self.auxiliary = None
         if auxiliary is not None:
             self._add_auxiliary(encoder_channels, outputs, dropout, auxiliary_settings(auxiliary))
@@ -149,7 +150,7 @@ class SemanticHead(nn.Module):
             )
         self.auxiliary_index = index
         self.auxiliary_weight = settings["weight"]
-        self.auxiliary_losses = build_losses(settings["losses"])
+        self.auxiliary_losses = build_losses(settings["losses"], self.num_classes)
         layers = {key: settings[key] for key in ("channels", "bias", "negative_slope")}
         self.auxiliary = AuxiliaryHead(encoder_channels[index], outputs, dropout=dropout, **layers)
 
@@ -184,8 +185,8 @@ class SemanticHead(nn.Module):
     def loss(self, outputs: dict, samples: list[SegSample]) -> dict[str, Tensor]:
         """Return the weighted losses, and ``acc_seg``, the percentage of valid pixels that are right.
 
-        Names are ``loss_NAME``, ``aux_loss_NAME``, ``deep{i}_loss_NAME`` and ``loss_embedding``. Without a valid pixel all
-        are 0.
+        Names are ``loss_NAME``, ``aux_loss_NAME``, ``deep{i}_loss_NAME`` and ``loss_embedding_TERM``. Without a valid
+        pixel all are 0.
 
         Raises:
             ValueError: a sample has no ``gt_semantic``, or labels that are neither classes nor 255. On an accelerator the
@@ -204,7 +205,8 @@ class SemanticHead(nn.Module):
         if self.embedding_loss is not None:
             if "embedding" not in outputs:
                 raise ValueError("head.embedding_loss needs a decoder that returns an embedding: remove the loss")
-            losses["loss_embedding"] = self.embedding_loss(outputs["embedding"], labels)
+            terms = self.embedding_loss(outputs["embedding"], labels)
+            losses |= {f"loss_embedding_{name}": value for name, value in terms.items()}
         return losses
 
     def _resized(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -262,16 +264,21 @@ class SemanticHead(nn.Module):
 # Parts of the loss ----------------------------------------------------------------------------------------------------
 
 
-def build_losses(configs: Sequence[dict]) -> nn.ModuleList:
+def build_losses(configs: Sequence[dict], num_classes: int) -> nn.ModuleList:
     """Build registered losses.
 
     Raises:
-        ValueError: one is not registered.
+        ValueError: one is not registered, or its class weights are not one a class.
     """
     for config in configs:
         if isinstance(config["type"], str) and MODELS.get(config["type"]) is None:
             known = [name for name in MODELS.module_dict if name.endswith("Loss")]
             raise ValueError(f"head: no loss is named {config['type']!r}{nearest(config['type'], known)}")
+        weights = config.get("class_weight")
+        if weights is not None and len(weights) != num_classes:
+            raise ValueError(
+                f"{config['type']}.class_weight has {len(weights)} values, but the head has {num_classes} classes"
+            )
     return nn.ModuleList(MODELS.build(config) for config in configs)
 
 
