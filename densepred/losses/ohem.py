@@ -164,7 +164,7 @@ class OHEMCrossEntropyLoss(nn.Module):
         kept = self.kept(logits.detach(), labels, losses.detach(), weighted.detach())
         if self.average == "kept":
             return self.loss_weight * (weighted * kept).sum() / kept.sum().clamp(min=1)
-        return self.loss_weight * (weighted * kept).sum() / pixel_divisor(labels, self.average, weights)
+        return self.loss_weight * (weighted * kept).sum() / pixel_divisor(labels, self.average, losses, weights)
 
     def kept(self, logits: Tensor, labels: Tensor, losses: Tensor, weighted: Tensor) -> Tensor:
         """Return the hard pixels (B, H, W) bool, by the losses (B, H, W) before and after weighing by class."""

@@ -66,23 +66,24 @@ def cross_entropy_map(
 
 
 def pixel_divisor(
-    labels: Tensor, average: str, weights: Tensor | None = None, ignore_index: int = IGNORE_INDEX
-) -> Tensor | int:
-    """Return what a sum of losses over pixels is divided by, never 0.
+    labels: Tensor, average: str, like: Tensor, weights: Tensor | None = None, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
+    """Return what a sum of losses over pixels is divided by, a scalar in the type of ``like``, never 0.
 
     Args:
         labels: (B, H, W).
         average: see the module.
+        like: any tensor of the losses' type.
         weights: (C,): the divisor is the sum of the weights of the labels; one outside 0..C-1 has none.
         ignore_index: the label that ``"valid"`` leaves out.
     """
     if weights is None and average == "all":
-        return labels.numel()
+        return like.new_tensor(labels.numel())
     counted = torch.ones_like(labels, dtype=torch.bool) if average == "all" else labels != ignore_index
     if weights is not None:
         known = (labels >= 0) & (labels < len(weights))
         counted = weights[torch.where(known, labels, 0)] * (known & counted)
-    return counted.sum() + EPSILON
+    return counted.sum().to(like) + EPSILON
 
 
 def cross_entropy(
@@ -107,7 +108,8 @@ def cross_entropy(
     losses = cross_entropy_map(logits, labels, class_weight, ignore_index)  # (B, H, W)
     if pixel_weight is not None:
         losses = losses * pixel_weight
-    return losses.sum() / pixel_divisor(labels, average, class_weights(class_weight, losses), ignore_index)
+    weights = class_weights(class_weight, losses)
+    return losses.sum() / pixel_divisor(labels, average, losses, weights, ignore_index)
 
 
 def binary_cross_entropy_map(logits: Tensor, labels: Tensor, pos_weight: Sequence[float] | None = None) -> Tensor:
@@ -130,7 +132,7 @@ def mean_over_entries(losses: Tensor, labels: Tensor, average: str) -> Tensor:
     """Return the mean of losses (B, C, H, W), 0 where ignored, over all classes of the pixels that ``average`` counts."""
     if average == "all":
         return losses.mean()
-    return losses.sum() / (losses.shape[1] * (labels != IGNORE_INDEX).sum() + EPSILON)
+    return losses.sum() / (losses.shape[1] * (labels != IGNORE_INDEX).sum().to(losses) + EPSILON)
 
 
 @MODELS.register_module()
