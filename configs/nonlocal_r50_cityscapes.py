@@ -7,6 +7,4 @@ _base_ = [
     "_base_/schedules/sgd_poly.py",
 ]
 
-model = dict(
-    decoder=dict(type="NonLocalDecoder", channels=512, reduction=2, use_scale=True, mode="embedded_gaussian")
-)
+model = dict(decoder=dict(type="NonLocalDecoder", channels=512, reduction=2, use_scale=True, mode="embedded_gaussian"))

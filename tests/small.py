@@ -25,13 +25,17 @@ SMALL_MASK2FORMER = LOADERS | {
     "model.head.num_queries": 12,
     "model.head.criterion.num_points": 128,
 }
+SMALL_SEMANTIC = LOADERS | {"image_size": (64, 96)}
+"""Of the recipes with a SemanticHead."""
 SMALL_CROPS = {
+    "base_size": (128, 64),
     "train_short_edges": [64, 72],
     "train_max_size": 160,
     "test_short_edge": 64,
     "test_max_size": 128,
 }
 """Of recipes whose base has these sizes too."""
+SMALL_OF_HEAD = {"KMaXHead": SMALL, "Mask2FormerHead": SMALL_MASK2FORMER, "SemanticHead": SMALL_SEMANTIC}
 NARROW = {"model.decoder.base_channels": (16, 16, 8, 8), "model.head.embed_dim": 32}
 
 
@@ -44,8 +48,10 @@ def small_shapes(root: Path, **options) -> dict:
 
 def small_recipe(config: Path, **options) -> dict:
     """Return the options under which a published recipe runs a step of any data set."""
-    small = SMALL if config.stem.startswith("kmax") else SMALL_MASK2FORMER
-    keys = load_linked_config(config).keys()
+    cfg = load_linked_config(config)
+    small, keys = SMALL_OF_HEAD[cfg.model.head.type], cfg.keys()
+    if cfg.image_size[0] == cfg.image_size[1] and small is SMALL_SEMANTIC:  # crops that may be turned stay square
+        small = small | {"image_size": (64, 64)}
     return small | {key: value for key, value in SMALL_CROPS.items() if key in keys} | options
 
 

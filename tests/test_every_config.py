@@ -9,7 +9,9 @@ from densepred.engine import runner
 from densepred.engine.config import load_linked_config
 from tests.small import CONFIGS, small_recipe
 
-LAYOUTS = {"ade20k": "ade20k", "cityscapes": "cityscapes", "coco": "coco", "shapes": "coco"}
+LAYOUTS = {"shapes": "coco"} | {
+    name: name for name in ("ade20k", "camvid", "cityscapes", "coco", "dsb2018", "isbi2012")
+}
 NO_CHECKPOINTS = {  # of ConvNeXt-L they would take gigabytes
     "default_hooks.checkpoint.interval": -1,
     "default_hooks.checkpoint.save_last": False,
@@ -30,6 +32,8 @@ def test_recipe_runs_a_step(config: Path, make_shapes, tmp_path):
     linked = load_linked_config(config)
     if "indices" in linked:  # the images of a larger set
         options["indices"] = 2
+    if "warmup_iters" in linked:
+        options |= {"warmup_iters": 1, "train_cfg.max_iters": 2}
     runner.train(str(config), options, str(tmp_path), None, "none", False)
     metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     for task in linked.tasks:

@@ -1,5 +1,6 @@
 """AdamW with 1,500 iterations of warm-up and linear decay to 0: SegFormer, UPerNet on Swin and ConvNeXt, VWFormer."""
 
+warmup_iters = 1500
 optim_wrapper = dict(
     type="OptimWrapper",
     constructor="DecayGroupsConstructor",
@@ -7,8 +8,8 @@ optim_wrapper = dict(
     paramwise_cfg=dict(),
 )
 param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-6, begin=0, end=1500, by_epoch=False),
-    dict(type="PolyLR", power=1.0, eta_min=0.0, begin=1500, end="${train_cfg.max_iters}", by_epoch=False),
+    dict(type="LinearLR", start_factor=1e-6, begin=0, end="${warmup_iters}", by_epoch=False),
+    dict(type="PolyLR", power=1.0, eta_min=0.0, begin="${warmup_iters}", end="${train_cfg.max_iters}", by_epoch=False),
 ]
 train_cfg = dict(type="SeekableTrainLoop", max_iters=160_000, val_interval=16_000)
 auto_scale_lr = dict(enable=False, base_batch_size=16)
