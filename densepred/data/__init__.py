@@ -8,6 +8,7 @@ from densepred.data.cityscapes import CityscapesInstances, CityscapesPanoptic, C
 from densepred.data.coco import CocoPanoptic
 from densepred.data.copy_paste import CopyPaste
 from densepred.data.derived import GateDataset, LoadIdealDepth
+from densepred.data.image_folder import ImageFolderSegmentation
 from densepred.data.instances import CocoInstances, LoadInstances
 from densepred.data.loading import LoadImage, LoadPanoptic, LoadSemantic
 from densepred.data.preprocessor import SegPreprocessor
@@ -39,6 +40,7 @@ __all__ = [
     "CopyPaste",
     "DSB2018Nuclei",
     "GateDataset",
+    "ImageFolderSegmentation",
     "LoadIdealDepth",
     "LoadImage",
     "LoadInstances",

@@ -42,7 +42,7 @@ def paired_files(
     images, labels = _by_stem(image_dir, image_suffix), _by_stem(label_dir, label_suffix)
     if not images:
         raise FileNotFoundError(
-            f"no images {image_dir}/**/*{_shown(image_suffix)}; see datasets/README.md for the layout"
+            f"no images {image_dir}/**/*{_shown(image_suffix)}; see datasets/README.md for the layout ({_found(image_dir)})"
         )
     if split_file is not None:
         names = listed_names(split_file)
@@ -115,6 +115,14 @@ def _by_stem(folder: str, suffix: str | Sequence[str]) -> dict[str, str]:
                 )
             found[stem] = path
     return found
+
+
+def _found(folder: str) -> str:
+    if not os.path.isdir(folder):
+        return "there is no such folder"
+    endings = Counter(os.path.splitext(name)[1] for _, _, names in os.walk(folder, followlinks=True) for name in names)
+    found = [f"{count} files {ending or 'without ending'}" for ending, count in endings.most_common(3)]
+    return f"it holds {', '.join(found) or 'no file'}"
 
 
 def _shown(suffix: str | Sequence[str]) -> str:

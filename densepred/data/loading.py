@@ -7,6 +7,7 @@ it is what the reference mappers use.
 import io
 import struct
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -16,8 +17,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from densepred.data.errors import DamagedImageError
 from densepred.registry import TRANSFORMS
+from densepred.structures import IGNORE_INDEX
 
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+OTHER_FILE = "is it a file of another data set, or converted already?"
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -54,7 +57,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_panoptic(path: str | Path) -> np.ndarray:
-    """Read a panoptic PNG as (H, W) uint32 segment ids, R + 256 G + 65536 B.
+    """Read the colours of a panoptic PNG or a coloured mask as (H, W) uint32, R + 256 G + 65536 B.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -64,7 +67,7 @@ def read_panoptic(path: str | Path) -> np.ndarray:
     if wide or image.mode in ("I", "F"):
         raise DamagedImageError(
             f"label map {path} has mode {image.mode}; a panoptic PNG is RGB with 8 bits a channel, "
-            "id = R + 256 G + 65536 B: write it again in that form"
+            "id = R + 256 G + 65536 B, and so is a mask whose colours mean classes: write it again in that form"
         )
     rgb = np.asarray(image.convert("RGB"))  # (H, W, 3)
     padded = np.zeros((*rgb.shape[:2], 4), np.uint8)
@@ -82,9 +85,11 @@ def read_label_map(path: str | Path) -> np.ndarray:
     image, _ = _decode(_read_bytes(path, "label map"), path, "label map")
     labels = np.asarray(image)
     if labels.ndim != 2 or labels.dtype not in (bool, np.uint8, np.uint16):
+        same = labels.ndim == 3 and (labels[..., :1] == labels[..., :3]).all()
+        remedy = "its channels are equal, so keep one of them" if same else "write it again with one channel"
         raise DamagedImageError(
-            f"label map {path} has mode {image.mode}; it should hold one label a pixel: write it again with one channel "
-            "of 8 or 16 bits"
+            f"label map {path} has mode {image.mode}; it should hold one label a pixel: {remedy} of 8 or 16 bits, or, if "
+            "colours mean classes, give ImageFolderSegmentation their palette"
         )
     return labels.astype(np.uint8) if labels.dtype == bool else labels
 
@@ -96,11 +101,11 @@ def label_table(classes: dict[int, int]) -> np.ndarray:
     return table
 
 
-def look_up(labels: np.ndarray, table: np.ndarray, path: str) -> np.ndarray:
+def look_up(labels: np.ndarray, table: np.ndarray, path: str, remedy: str = OTHER_FILE) -> np.ndarray:
     """Return the classes (uint8) of stored labels of any shape by a `label_table`, or by one of 65,536 entries.
 
     Raises:
-        DamagedImageError: a label that the table does not know.
+        DamagedImageError: a label that the table does not know; ``remedy`` ends the message.
     """
     if len(table) == 256:
         classes = cv2.LUT(labels.astype(np.uint8), table).reshape(labels.shape)
@@ -108,12 +113,61 @@ def look_up(labels: np.ndarray, table: np.ndarray, path: str) -> np.ndarray:
         classes = table[labels]
     unknown = labels[(classes < 0) | (labels >= len(table))]
     if len(unknown):
-        known = np.flatnonzero(table >= 0)
+        known, (values, counts) = np.flatnonzero(table >= 0), np.unique(unknown, return_counts=True)
+        found = [f"{value} ({count} pixels)" for value, count in zip(values[:5], counts[:5], strict=True)]
         raise DamagedImageError(
-            f"label map {path} holds the labels {_listing(np.unique(unknown))}, which the data set does not have (it has "
-            f"{len(known)} from {known[0]} to {known[-1]}); is it a file of another data set, or converted already?"
+            f"label map {path} holds the labels {', '.join(found)}{', ...' if len(values) > 5 else ''}, which the data set "
+            f"does not have (it has {len(known)} from {known[0]} to {known[-1]}); {remedy}"
         )
     return classes.astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class ColorTable:
+    """Which class the colours of a mask mean.
+
+    Attributes:
+        classes: (R, G, B) -> class, 255 = ignore.
+        names: of the classes, for messages.
+    """
+
+    classes: dict[tuple[int, int, int], int]
+    names: tuple[str, ...]
+
+    def look_up(self, colors: np.ndarray, path: str) -> np.ndarray:
+        """Return the classes (uint8) of colours (H, W), R + 256 G + 65536 B.
+
+        Raises:
+            DamagedImageError: a colour that the table does not know.
+        """
+        # The pages of this table that no colour touches are never allocated.
+        table = np.zeros(1 << 24, np.uint16)
+        for (red, green, blue), label in self.classes.items():
+            table[red + 256 * green + 65536 * blue] = label + 1
+        labels = table[colors]
+        if not labels.all():
+            raise DamagedImageError(self._unknown(colors[labels == 0], path))
+        return (labels - 1).astype(np.uint8)
+
+    def _unknown(self, colors: np.ndarray, path: str) -> str:
+        values, counts = np.unique(colors, return_counts=True)
+        value = int(values[counts.argmax()])
+        color = (value % 256, value // 256 % 256, value // 65536)
+        known = np.array(list(self.classes))  # (C, 3)
+        nearest = tuple(known[np.abs(known - color).sum(1).argmin()].tolist())
+        label = self.classes[nearest]
+        name = "ignored" if label == IGNORE_INDEX else repr(self.names[label])
+        if str(path).lower().endswith((".jpg", ".jpeg")):
+            remedy = "JPEG blurs colours: save masks as PNG"
+        else:
+            remedy = (
+                "add it to palette or ignore; if many are nearly right, the mask was resized or drawn with smoothing: use "
+                "the nearest neighbour. A mask of numbers needs no palette"
+            )
+        return (
+            f"label map {path} holds the colour {color} in {counts.max()} pixels, which the palette does not have "
+            f"({len(values)} unknown colours in {len(colors)} pixels); the nearest is {nearest}, {name}: {remedy}"
+        )
 
 
 def _read_bytes(path: str | Path, what: str) -> bytes:
@@ -207,18 +261,22 @@ class LoadPanoptic(BaseTransform):
 class LoadSemantic(BaseTransform):
     """Read ``semantic_path`` into ``semantic`` (H, W) uint8, contiguous classes, 255 = ignore.
 
-    The data set's ``semantic_table``, a `label_table`, translates what the file stores. The map has the size of the file,
-    also after a resize of the image: training pipelines load it before.
+    The data set's ``semantic_table``, a `label_table` or a `ColorTable`, translates what the file stores. The map has the
+    size of the file, also after a resize of the image: training pipelines load it before.
 
     Raises:
         DamagedImageError: the file holds labels that the table does not know, or is not of the photo's size.
     """
 
     def transform(self, results: dict) -> dict:
-        path = results["semantic_path"]
-        labels = read_label_map(path)
+        path, table = results["semantic_path"], results["semantic_table"]
+        colored = isinstance(table, ColorTable)
+        labels = read_panoptic(path) if colored else read_label_map(path)
         require_size(labels.shape, path, results)
-        results["semantic"] = look_up(labels, results["semantic_table"], path)  # (H, W)
+        if colored:
+            results["semantic"] = table.look_up(labels, path)  # (H, W)
+        else:
+            results["semantic"] = look_up(labels, table, path, results.get("semantic_remedy", OTHER_FILE))
         return results
 
 
