@@ -26,6 +26,8 @@ from densepred.structures import IGNORE_INDEX, Features, SegSample
 
 CROSS_ENTROPY = [dict(type="CrossEntropyLoss")]
 """What trains a head whose config names no losses; auxiliary heads too, as CCNet and mmsegmentation publish them."""
+ASKS_AT_ONCE = ("cpu",)
+"""Devices from which a number can be read without stalling them."""
 AUXILIARY = dict(index=-2, channels=256, weight=0.4, losses=CROSS_ENTROPY, bias=False, negative_slope=0.0)
 """Defaults of the auxiliary head."""
 
@@ -99,7 +101,7 @@ class SemanticHead(nn.Module):
             length than ``deep_channels``, an unknown loss or an unknown key of ``auxiliary``.
     """
 
-    thing_classes: Sequence[int] = []
+    thing_classes = None  # whether a class is a thing makes no difference here
 
     def __init__(
         self,
@@ -221,7 +223,7 @@ class SemanticHead(nn.Module):
         bad = ((labels < 0) | (labels >= self.num_classes)) & (labels != IGNORE_INDEX)
         found = torch.stack([torch.where(bad, labels, -math.inf).amax((1, 2)), bad.sum((1, 2))], 1)  # (B, 2)
         names = [sample.get("img_path", "a sample") for sample in samples]
-        if labels.device.type == "cpu":
+        if labels.device.type in ASKS_AT_ONCE:
             require_known_labels(found.tolist(), names, self.num_classes)
             return labels
         self._unread_check = found, names
