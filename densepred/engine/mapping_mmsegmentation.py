@@ -85,6 +85,32 @@ backbone_to_ours, backbone_to_official = renamer(BACKBONE), renamer(BACKBONE, ba
 """Of one key relative to ``backbone.`` and ``encoder.``; values: `import_values`, `export_values`."""
 
 
+def pretrained_to_ours(key: str) -> str:
+    """Return our name, relative to the encoder, of one in a classifier of mmpretrain."""
+    return backbone_to_ours(key.removeprefix("backbone."))
+
+
+def pretrained_to_official(key: str) -> str:
+    """Undo `pretrained_to_ours`."""
+    return f"backbone.{backbone_to_official(key)}"
+
+
+PRETRAINED_DROPPED = rf"head\..*|backbone\.conv2\.(conv|bn)\..*|{DROPPED}"
+"""The classifier, and MobileNetV2's last convolution before it."""
+
+PRETRAINED_FINGERPRINT = (
+    r"backbone\.(stem\.0|conv1|conv1\.conv|patch_embed\.projection|downsample_layers\.0\.0|layers\.0\.0\.projection)\.weight",
+    r"head\.fc\.",
+)
+
+BARE_DROPPED = rf"fc\..*|{DROPPED}"
+BARE_FINGERPRINT = (
+    r"stem\.0\.weight|patch_embed\.projection\.weight",
+    r"layer1\.0\.conv1\.weight|stages\.0\.blocks\.0\.attn\.w_msa\.",
+)
+"""Files that hold an encoder without a prefix: ResNet V1c and Swin. MiT's and MobileNetV2's have our own names."""
+
+
 def token_by_token(merged: Tensor) -> Tensor:
     """Reorder the last axis (..., 4C) of patch merging from mmsegmentation's order to the official one.
 
@@ -99,9 +125,9 @@ def channel_by_channel(merged: Tensor) -> Tensor:
 
 
 def _merging_values(weights: Mapping[str, Tensor], reorder: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    return {
-        key: reorder(torch.as_tensor(value)) if _MERGING.fullmatch(key) else value for key, value in weights.items()
-    }
+    changed = {key: torch.as_tensor(value) for key, value in weights.items() if _MERGING.fullmatch(key)}
+    # A length that four tokens cannot have stays as it is, for the check of shapes to name.
+    return dict(weights) | {key: reorder(value) for key, value in changed.items() if value.shape[-1] % 4 == 0}
 
 
 def import_values(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -296,6 +296,26 @@ SOURCES = {
         dropped=r"(_conv_head|_bn1|_fc)\..*",
         fingerprint=(r"_conv_stem\.weight", r"_blocks\.0\._depthwise_conv\.weight"),
     ),
+    "mmpretrain": Source(
+        "an ImageNet classifier of mmpretrain: ConvNeXt, MobileNetV2, ResNet, Swin",
+        mmsegmentation.pretrained_to_ours,
+        mmsegmentation.pretrained_to_official,
+        dropped=mmsegmentation.PRETRAINED_DROPPED,
+        fingerprint=mmsegmentation.PRETRAINED_FINGERPRINT,
+        kept=_STAGE_NORMS,
+        import_values=mmsegmentation.import_values,
+        export_values=mmsegmentation.export_values,
+    ),
+    "mmsegmentation-encoder": Source(
+        "an ImageNet encoder as mmsegmentation's recipes start from: ResNet V1c, Swin",
+        mmsegmentation.backbone_to_ours,
+        mmsegmentation.backbone_to_official,
+        dropped=mmsegmentation.BARE_DROPPED,
+        fingerprint=mmsegmentation.BARE_FINGERPRINT,
+        kept=_STAGE_NORMS,
+        import_values=mmsegmentation.import_values,
+        export_values=mmsegmentation.export_values,
+    ),
 }
 """The published formats by the names that ``--source`` takes."""
 
