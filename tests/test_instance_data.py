@@ -262,7 +262,7 @@ def test_groups_and_uncounted_classes_are_no_objects():
     assert classes == [0, 2, 2]
     assert [np.flatnonzero(mask).tolist() for mask in masks] == [[3], [4], [1, 5]]
     for wrong, named in ((34, 34), (34001, 34), (999, 999)):
-        with pytest.raises(DamagedImageError, match=rf"a\.png holds the labels {named}, which"):
+        with pytest.raises(DamagedImageError, match=rf"a\.png holds the labels {named} \(1 instance ids\), which"):
             split_instance_ids(np.full((2, 2), wrong, np.uint16), CityscapesInstances.COMMON["instance_table"], "a.png")
 
 

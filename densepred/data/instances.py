@@ -231,7 +231,7 @@ def split_instance_ids(ids: np.ndarray, table: np.ndarray, path: str) -> tuple[n
     """
     numbers = np.flatnonzero(np.bincount(ids.ravel()))
     isobject = numbers >= OBJECT_DIVISOR
-    labels = look_up(np.where(isobject, numbers // OBJECT_DIVISOR, numbers), table, path)
+    labels = look_up(np.where(isobject, numbers // OBJECT_DIVISOR, numbers), table, path, unit="instance ids")
     kept = isobject & (labels != NO_OBJECT)
     count = int(kept.sum())
     position = np.zeros(65536, np.int32)

@@ -101,11 +101,13 @@ def label_table(classes: dict[int, int]) -> np.ndarray:
     return table
 
 
-def look_up(labels: np.ndarray, table: np.ndarray, path: str, remedy: str = OTHER_FILE) -> np.ndarray:
+def look_up(
+    labels: np.ndarray, table: np.ndarray, path: str, remedy: str = OTHER_FILE, unit: str = "pixels"
+) -> np.ndarray:
     """Return the classes (uint8) of stored labels of any shape by a `label_table`, or by one of 65,536 entries.
 
     Raises:
-        DamagedImageError: a label that the table does not know; ``remedy`` ends the message.
+        DamagedImageError: a label that the table does not know; the message counts its ``unit`` and ends with ``remedy``.
     """
     if len(table) == 256:
         classes = cv2.LUT(labels.astype(np.uint8), table).reshape(labels.shape)
@@ -114,7 +116,7 @@ def look_up(labels: np.ndarray, table: np.ndarray, path: str, remedy: str = OTHE
     unknown = labels[(classes < 0) | (labels >= len(table))]
     if len(unknown):
         known, (values, counts) = np.flatnonzero(table >= 0), np.unique(unknown, return_counts=True)
-        found = [f"{value} ({count} pixels)" for value, count in zip(values[:5], counts[:5], strict=True)]
+        found = [f"{value} ({count} {unit})" for value, count in zip(values[:5], counts[:5], strict=True)]
         raise DamagedImageError(
             f"label map {path} holds the labels {', '.join(found)}{', ...' if len(values) > 5 else ''}, which the data set "
             f"does not have (it has {len(known)} from {known[0]} to {known[-1]}); {remedy}"
