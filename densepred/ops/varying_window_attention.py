@@ -1,0 +1,386 @@
+"""Varying window attention (VWFormer, ICLR 2024, arXiv:2404.16573): a fixed number of windows, contexts R times as wide.
+
+Official code: yan-hao-tian/VW, which pads a map by copies of itself, unfolds R x R times as many positions, turns blocks
+into tokens and projects every token of every window. Here the same contexts come by index arithmetic:
+
+* A token is a block of R positions along each axis. The blocks of window ``k`` start at ``k p`` (p = a window's side), so
+  windows whose ``k p`` leaves the same remainder by R, one *phase*, cut the map along the same lines: their tokens are
+  one space-to-depth of the map, of as many values as the map. Tokens are projected once a phase instead of once a window:
+  R x R times less work where R divides p (R = 8 and windows of 8: 64 times), no less where p is odd.
+* The copied borders are blocks of the map too: a window that sticks out sees the first (or last) R p positions in a
+  rotated order, which attention does not notice. In the right order of a phase's blocks every context is a plain slice,
+  and with as many windows as R all windows of a phase share one context.
+
+No padded map, no unfolded tensor and no attention map outlives a few windows; the backward computes them again.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from densepred.ops.backend import backend_name
+
+MOST_SCORES = 2**20
+"""Attention scores that are held at a time, 4 MiB in float32: what a core's cache holds."""
+
+
+class _Run(NamedTuple):
+    """Neighbouring windows of a phase that share their context along an axis."""
+
+    windows: slice  # among those of the phase
+    block: int  # the first of the context's p blocks
+
+
+class _Phase(NamedTuple):
+    """The windows along one axis whose blocks start at the same remainder by the ratio."""
+
+    windows: slice
+    positions: tuple[int, ...]  # of the blocks, R each; the map's length stands for a zero
+    runs: tuple[_Run, ...]
+
+
+@lru_cache(maxsize=256)
+def _phases(side: int, windows: int, ratio: int) -> tuple[_Phase, ...]:
+    """Return what the windows along an axis see, each position of which is one of the map's."""
+    length, reach, near = side * windows, ratio * side, (ratio + 1) * side // 2
+    line = list(range(length))
+    # A context wider than the map: the borders are taken from the map amid zeros.
+    missing = max(reach - length, 0)
+    wide = [length] * (missing // 2) + line + [length] * (missing - missing // 2)
+    full = wide[near:reach] + line + wide[len(wide) - reach : len(wide) - near]
+    starts = range(0, reach, ratio)
+    contexts = [[tuple(full[k * side + s :][:ratio]) for s in starts] for k in range(windows)]
+    period = ratio // math.gcd(ratio, side)
+    return tuple(
+        _phase(slice(first, None, period), contexts[first::period], shared=ratio <= windows)
+        for first in range(min(period, windows))
+    )
+
+
+def _phase(windows: slice, contexts: list[list[tuple[int, ...]]], shared: bool) -> _Phase:
+    def place(block: tuple[int, ...]) -> int:  # a block over the seam of a rotation goes to that end of the map
+        return block[-1] - len(block) + 1 if 0 in block else block[0]
+
+    if shared:
+        order = sorted({block for context in contexts for block in context}, key=place)
+        firsts = [order.index(min(context, key=place)) for context in contexts]
+    else:
+        order = [block for context in contexts for block in context]
+        firsts = [i * len(contexts[0]) for i in range(len(contexts))]
+    edges = [i for i, first in enumerate(firsts) if i == 0 or first != firsts[i - 1]]
+    runs = [_Run(slice(i, j), firsts[i]) for i, j in zip(edges, [*edges[1:], len(firsts)], strict=True)]
+    return _Phase(windows, tuple(position for block in order for position in block), tuple(runs))
+
+
+class _Layout(NamedTuple):
+    """The sizes of one call; (y, x) each."""
+
+    heads: int
+    ratio: tuple[int, int]
+    windows: tuple[int, int]
+    side: tuple[int, int]
+
+    def windowed(self, tokens: Tensor) -> Tensor:
+        """Return (B, h, w, C) as a view (B, windows, p, windows, p, heads, d)."""
+        (rows, columns), (height, width) = self.windows, self.side
+        tokens = tokens.unflatten(3, (self.heads, -1)).unflatten(2, (columns, width))
+        return tokens.unflatten(1, (rows, height))
+
+    def phases(self) -> Iterator[tuple[_Phase, _Phase]]:
+        down, across = (_phases(*numbers) for numbers in zip(self.side, self.windows, self.ratio, strict=True))
+        return ((rows, columns) for rows in down for columns in across)
+
+
+class _Batch(NamedTuple):
+    """Windows that are computed together: some lines of them, in which groups of neighbours share a context."""
+
+    rows: slice
+    groups: int
+    first_row: int
+    first_columns: tuple[int, ...]
+
+    def queries(self, windowed: Tensor) -> Tensor:
+        """Return the chosen windows of a phase's (B, windows, p, windows, p, heads, d) as (B, heads, G, m, p, n, p, d)."""
+        return windowed[:, self.rows].unflatten(3, (self.groups, -1)).permute(0, 6, 3, 1, 2, 4, 5, 7)
+
+    def context(self, grid: Tensor, side: tuple[int, int]) -> list[Tensor]:
+        """Return the contexts of the groups, views (B, p, p, heads, d) of a phase's tokens (B, Dy, Dx, heads, d)."""
+        rows = grid[:, self.first_row : self.first_row + side[0]]
+        return [rows[:, :, first : first + side[1]] for first in self.first_columns]
+
+
+def _batches(rows: _Phase, columns: _Phase) -> Iterator[_Batch]:
+    spans = {run.windows.stop - run.windows.start for run in columns.runs}
+    alike = len(spans) == 1  # groups are stacked, so they need one size: else a window makes a group
+    firsts = [run.block for run in columns.runs for _ in range(1 if alike else run.windows.stop - run.windows.start)]
+    for run in rows.runs:
+        yield _Batch(run.windows, len(firsts), run.block, tuple(firsts))
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """Stack contexts (B, p, p, heads, d) into (B * heads * G, P, d)."""
+    parts = [part.permute(0, 3, 1, 2, 4) for part in parts]
+    return torch.stack(parts, 2).flatten(3, 4).flatten(0, 2)
+
+
+def _chunks(queries: Tensor, keys: Tensor) -> list[slice]:
+    """Return slices along the queries (N, Q, d) whose scores against the keys (N, P, d) stay within `MOST_SCORES`."""
+    step = max(1, MOST_SCORES // (keys.shape[0] * keys.shape[1]))
+    return [slice(i, i + step) for i in range(0, queries.shape[1], step)]
+
+
+def _weights(queries: Tensor, keys: Tensor) -> Tensor:
+    scores = torch.bmm(queries, keys.transpose(1, 2))  # (N, Q, P)
+    return scores.to(_sum_dtype(scores.dtype)).softmax(-1)
+
+
+def _indices(phase: _Phase, device: torch.device) -> Tensor:
+    return torch.tensor(phase.positions, device=device)
+
+
+def _tokens(context: Tensor, rows: Tensor, columns: Tensor, ratio: tuple[int, int]) -> Tensor:
+    """Return a phase's tokens (B, Dy, Dx, C), channels in the order (row in the block, column in it, channel)."""
+    context = functional.pad(context, (0, 1, 0, 1))  # zeros at the positions that stand for one
+    lines = context.index_select(2, rows).index_select(3, columns)  # (B, c, Dy * R, Dx * R)
+    blocks = lines.unflatten(3, (-1, ratio[1])).unflatten(2, (-1, ratio[0]))  # (B, c, Dy, R, Dx, R)
+    return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3)
+
+
+def _add_tokens(grad: Tensor, tokens: Tensor, rows: Tensor, columns: Tensor, ratio: tuple[int, int]) -> None:
+    """Add gradients of `_tokens` to that of the context, (B, c, h + 1, w + 1)."""
+    blocks = tokens.unflatten(3, (*ratio, -1)).permute(0, 5, 1, 3, 2, 4)  # (B, c, Dy, R, Dx, R)
+    lines = blocks.flatten(4).flatten(2, 3)
+    wide = grad.new_zeros(*lines.shape[:3], grad.shape[3]).index_add_(3, columns, lines.to(grad.dtype))
+    grad.index_add_(2, rows, wide)
+
+
+def _project(tokens: Tensor, weight: Tensor, bias: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Return keys and values (B, Dy, Dx, heads, d)."""
+    return functional.linear(tokens, weight, bias).unflatten(3, (2, heads, -1)).unbind(3)
+
+
+def _attend(
+    query: Tensor,
+    context: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    layout: _Layout,
+) -> Tensor:
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    queries, outputs, scale = layout.windowed(query), layout.windowed(out), _scale(query, layout)
+    for rows, columns in layout.phases():
+        indices = _indices(rows, query.device), _indices(columns, query.device)
+        keys, values = _project(_tokens(context, *indices, layout.ratio), weight, bias, layout.heads)
+        here = (slice(None), rows.windows, slice(None), columns.windows)
+        for batch in _batches(rows, columns):
+            chosen = batch.queries(queries[here])
+            q = (chosen * scale).flatten(3, 6).flatten(0, 2)  # (N, Q, d)
+            k, v = (_stacked(batch.context(grid, layout.side)) for grid in (keys, values))  # (N, P, d)
+            for part in _chunks(q, k):
+                q[:, part] = torch.bmm(_weights(q[:, part], k).to(v.dtype), v)  # the output takes the query's place
+            batch.queries(outputs[here]).copy_(q.view(chosen.shape))
+    return out
+
+
+def _attend_backward(
+    grad: Tensor, query: Tensor, context: Tensor, weight: Tensor, bias: Tensor, layout: _Layout
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, scale = _sum_dtype(query.dtype), _scale(query, layout)
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    grad_context = functional.pad(torch.zeros_like(context, dtype=dtype), (0, 1, 0, 1))
+    grad_weight, grad_bias = (torch.zeros_like(tensor, dtype=dtype) for tensor in (weight, bias))
+    grads, queries, found = (layout.windowed(tensor) for tensor in (grad, query, grad_query))
+    for rows, columns in layout.phases():
+        indices = _indices(rows, query.device), _indices(columns, query.device)
+        tokens = _tokens(context, *indices, layout.ratio)
+        keys, values = _project(tokens, weight, bias, layout.heads)
+        summed = tokens.new_zeros(*tokens.shape[:3], 2, layout.heads, keys.shape[-1], dtype=dtype)
+        here = (slice(None), rows.windows, slice(None), columns.windows)
+        for batch in _batches(rows, columns):
+            chosen = batch.queries(queries[here])
+            q, g = ((x).flatten(3, 6).flatten(0, 2) for x in (chosen * scale, batch.queries(grads[here])))
+            k, v = (_stacked(batch.context(grid, layout.side)) for grid in (keys, values))
+            gradients = _softmax_backward(q, k, v, g)
+            batch.queries(found[here]).copy_(q.mul_(scale).view(chosen.shape))
+            for grid, gradient in zip(summed.unbind(3), gradients, strict=True):
+                parts = gradient.unflatten(1, layout.side).unflatten(0, (len(query), layout.heads, -1))
+                for place, part in zip(batch.context(grid, layout.side), parts.unbind(2), strict=True):
+                    place += part.permute(0, 2, 3, 1, 4)
+        flat, of_tokens = summed.flatten(3).flatten(0, 2), tokens.flatten(0, 2)  # (D, 2C), (D, C)
+        grad_bias += flat.sum(0)
+        flat = flat.to(tokens.dtype)
+        grad_weight += flat.t() @ of_tokens
+        _add_tokens(grad_context, (flat @ weight).view(tokens.shape), *indices, layout.ratio)
+    gradients = (grad_query, grad_context[:, :, :-1, :-1].contiguous(), grad_weight, grad_bias)
+    return tuple(x.to(like.dtype) for x, like in zip(gradients, (query, context, weight, bias), strict=True))
+
+
+def _softmax_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of keys and values (N, P, d); that of the queries (N, Q, d) takes the queries' place."""
+    dtype = _sum_dtype(q.dtype)
+    grad_k, grad_v = (torch.zeros_like(x, dtype=dtype) for x in (k, v))
+    for part in _chunks(q, k):
+        weights, g, queries = _weights(q[:, part], k), grad[:, part], q[:, part]
+        grad_v += torch.bmm(weights.to(g.dtype).transpose(1, 2), g)
+        slopes = torch.bmm(g, v.transpose(1, 2)).to(dtype)
+        slopes = slopes.sub_((slopes * weights).sum(-1, keepdim=True)).mul_(weights).to(k.dtype)  # (N, Q, P)
+        grad_k += torch.bmm(slopes.transpose(1, 2), queries)
+        q[:, part] = torch.bmm(slopes, k)
+    return grad_k, grad_v
+
+
+def _scale(query: Tensor, layout: _Layout) -> float:
+    return (query.shape[-1] // layout.heads) ** -0.5
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Backend(NamedTuple):
+    """The two halves of one implementation; the backward's first argument is its gradient."""
+
+    forward: Callable[[Tensor, Tensor, Tensor, Tensor, _Layout], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, _Layout], tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+BACKENDS: dict[str, Backend] = {"eager": Backend(_attend, _attend_backward)}
+"""Implementations by the names that the environment variable ``DENSEPRED_OPS_BACKEND`` may take."""
+
+
+def _layout(query: Tensor, heads: int, ratio: list[int], windows: list[int]) -> _Layout:
+    side = (query.shape[1] // windows[0], query.shape[2] // windows[1])
+    return _Layout(heads, tuple(ratio), tuple(windows), side)
+
+
+@torch.library.custom_op("densepred::varying_window_attention", mutates_args=())
+def _varying_window_attention(
+    query: Tensor, context: Tensor, weight: Tensor, bias: Tensor, heads: int, ratio: list[int], windows: list[int]
+) -> Tensor:
+    backend = BACKENDS[backend_name(BACKENDS, query.device)]
+    with torch.autocast(query.device.type, enabled=False):
+        return backend.forward(query, context, weight, bias, _layout(query, heads, ratio, windows))
+
+
+@torch.library.custom_op("densepred::varying_window_attention_backward", mutates_args=())
+def _varying_window_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    context: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    heads: int,
+    ratio: list[int],
+    windows: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    backend = BACKENDS[backend_name(BACKENDS, query.device)]
+    with torch.autocast(query.device.type, enabled=False):
+        return backend.backward(grad, query, context, weight, bias, _layout(query, heads, ratio, windows))
+
+
+@_varying_window_attention.register_fake
+def _output_shape(query: Tensor, _c: Tensor, _w: Tensor, _b: Tensor, _h: int, _r: list[int], _n: list[int]) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+@_varying_window_attention_backward.register_fake
+def _gradient_shapes(
+    _grad: Tensor, query: Tensor, context: Tensor, weight: Tensor, bias: Tensor, _h: int, _r: list[int], _n: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (query, context, weight, bias))
+
+
+def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.sizes = inputs[4:]
+
+
+def _gradients(ctx, grad: Tensor) -> tuple:
+    return (*_varying_window_attention_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None)
+
+
+_varying_window_attention.register_autograd(_gradients, setup_context=_save_for_backward)
+
+
+def varying_window_attention(
+    query: Tensor,
+    context: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_heads: int,
+    ratio: tuple[int, int],
+    windows: tuple[int, int] = (8, 8),
+) -> Tensor:
+    """Attend from every window of a map to a context R times as high and wide around it.
+
+    Along an axis of length L, with p = L / windows, the context of window k covers R p positions from ``k p`` on of the
+    map with a copied border, ``m[(R + 1) p // 2 : R p] + m + m[-R p : -((R + 1) p // 2)]``, and its p tokens are blocks of
+    R positions. The scores are scaled by the root of a head's channels. Under autocast everything takes the query's
+    dtype; the softmax and the sums over windows run in float32 at least. A gradient of a gradient is not implemented.
+
+    Args:
+        query: (B, C, h, w), the projected queries, any float dtype; h and w are multiples of ``windows``.
+        context: (B, C / (Ry Rx), h, w), the embedded map that contexts are cut from.
+        weight: (2 C, C), the projections of a token to its key and its value, one above the other; the token's channels
+            in the order (row in the block, column in the block, channel of the context).
+        bias: (2 C,), their biases.
+        num_heads: heads; each takes C / heads neighbouring channels.
+        ratio: (Ry, Rx).
+        windows: number of windows (down, across).
+
+    Returns:
+        (B, C, h, w), before any output projection; channels-last in memory.
+
+    Raises:
+        ValueError: shapes that disagree, or ``DENSEPRED_OPS_BACKEND`` names an unknown backend.
+    """
+    _check_shapes(query, context, weight, bias, num_heads, ratio, windows)
+    context, weight, bias = (tensor.to(query.dtype) for tensor in (context, weight, bias))
+    out = _varying_window_attention(
+        query.permute(0, 2, 3, 1), context, weight, bias, num_heads, list(ratio), list(windows)
+    )
+    return out.permute(0, 3, 1, 2)
+
+
+def _check_shapes(
+    query: Tensor,
+    context: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    heads: int,
+    ratio: tuple[int, int],
+    windows: tuple[int, int],
+) -> None:
+    if query.dim() != 4:
+        raise ValueError(f"varying_window_attention: query {tuple(query.shape)} must be (B, C, h, w)")
+    batch, channels, *size = query.shape
+    if any(length % number for length, number in zip(size, windows, strict=True)):
+        padded = " x ".join(str(-(-length // number) * number) for length, number in zip(size, windows, strict=True))
+        raise ValueError(
+            f"varying_window_attention: a map of {size[0]} x {size[1]} has no {windows[0]} x {windows[1]} windows of one "
+            f"size; pad it to {padded}"
+        )
+    if channels % heads or channels % (ratio[0] * ratio[1]):
+        raise ValueError(
+            f"varying_window_attention: {channels} channels must be a multiple of num_heads={heads} and of the "
+            f"{ratio[0]} x {ratio[1]} positions of a block"
+        )
+    wanted = {
+        "context": (context, (batch, channels // (ratio[0] * ratio[1]), *size)),
+        "weight": (weight, (2 * channels, channels)),
+        "bias": (bias, (2 * channels,)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"varying_window_attention: {name} is {tuple(tensor.shape)}, but {shape} goes with query "
+                f"{tuple(query.shape)} and ratio {tuple(ratio)}"
+            )
+
+
+__all__ = ["BACKENDS", "Backend", "varying_window_attention"]
