@@ -16,6 +16,10 @@ model = dict(
         init_cfg=dict(type="Pretrained", checkpoint="package:efficientnet-lite0"),
     ),
     decoder=dict(type="CCNetDecoder", channels=128, recurrence=2, negative_slope=0.0, embedding_channels=16),
-    head=dict(auxiliary=dict(channels=64), embedding_loss=dict(type="CategoryConsistentLoss")),
+    head=dict(
+        losses=[dict(type="CrossEntropyLoss"), dict(type="DiceLoss")],
+        auxiliary=dict(channels=64, losses=[dict(type="CrossEntropyLoss")]),
+        embedding_loss=dict(type="CategoryConsistentLoss"),
+    ),
 )
 train_dataloader = dict(batch_size=8)

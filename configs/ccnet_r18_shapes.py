@@ -10,7 +10,10 @@ _base_ = [
 model = dict(
     encoder=dict(depth=18),
     decoder=dict(type="CCNetDecoder", channels=128, recurrence=2, negative_slope=0.0),
-    head=dict(auxiliary=dict(channels=64)),
+    head=dict(
+        losses=[dict(type="CrossEntropyLoss"), dict(type="DiceLoss")],
+        auxiliary=dict(channels=64, losses=[dict(type="CrossEntropyLoss")]),
+    ),
 )
 optim_wrapper = dict(paramwise_cfg=dict(lr_mult=dict(encoder=1.0)))
 train_cfg = dict(max_iters=900, val_interval=300)

@@ -9,6 +9,10 @@ _base_ = [
 
 model = dict(
     decoder=dict(type="CCNetDecoder", channels=512, recurrence=2, negative_slope=0.0, embedding_channels=16),
-    head=dict(embedding_loss=dict(type="CategoryConsistentLoss")),
+    head=dict(
+        losses=[dict(type="CrossEntropyLoss"), dict(type="DiceLoss")],
+        auxiliary=dict(losses=[dict(type="CrossEntropyLoss")]),
+        embedding_loss=dict(type="CategoryConsistentLoss"),
+    ),
 )
 train_dataloader = dict(batch_size=8)

@@ -24,8 +24,8 @@ model = dict(
     head=dict(
         type="SemanticHead",
         num_classes="${num_classes}",
-        losses=[dict(type="CrossEntropyLoss")],
-        auxiliary=dict(index=2, channels=256, weight=0.4),
+        losses=[dict(type="CrossEntropyLoss", average="all")],
+        auxiliary=dict(index=2, channels=256, weight=0.4, losses=[dict(type="CrossEntropyLoss", average="all")]),
         dropout=0.1,
         align_corners=False,
     ),

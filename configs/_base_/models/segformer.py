@@ -17,7 +17,7 @@ model = dict(
     head=dict(
         type="SemanticHead",
         num_classes="${num_classes}",
-        losses=[dict(type="CrossEntropyLoss")],
+        losses=[dict(type="CrossEntropyLoss", average="all")],
         dropout=0.1,
         align_corners=False,
     ),

@@ -15,7 +15,10 @@ model = dict(
         type="SemanticHead",
         num_classes="${num_classes}",
         binary=True,
-        losses=[dict(type="CrossEntropyLoss", loss_weight=0.5), dict(type="DiceLoss")],
+        losses=[
+            dict(type="CrossEntropyLoss", loss_weight=0.5),
+            dict(type="DiceLoss", smooth=1.0, include_background=False),
+        ],
         dropout=0.0,
         average_deep=False,
     ),
