@@ -11,6 +11,7 @@ from densepred.decoders.psp import PSPDecoder
 from densepred.decoders.segformer import SegFormerDecoder
 from densepred.decoders.unetpp import UNetPlusPlusDecoder
 from densepred.decoders.uper import UPerDecoder
+from densepred.decoders.vwformer import VWFormerDecoder
 
 __all__ = [
     "ASPPDecoder",
@@ -25,4 +26,5 @@ __all__ = [
     "SegFormerDecoder",
     "UNetPlusPlusDecoder",
     "UPerDecoder",
+    "VWFormerDecoder",
 ]

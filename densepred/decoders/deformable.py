@@ -200,7 +200,7 @@ class DeformablePixelDecoder(nn.Module):
         in_channels: channels of the encoder's four maps, finest first.
         in_strides: their strides.
         embed_dim: C, channels of the tokens; a multiple of 32 and of ``num_heads``.
-        mask_dim: channels of the mask features.
+        mask_dim: channels of the mask features; None for a caller that ends with `step`: then `finish` has no weights.
         num_layers: deformable layers.
         num_heads: heads of the attention.
         num_points: sampled locations per head and level.
@@ -219,7 +219,7 @@ class DeformablePixelDecoder(nn.Module):
         in_channels: Sequence[int],
         in_strides: Sequence[int],
         embed_dim: int = 256,
-        mask_dim: int = 256,
+        mask_dim: int | None = 256,
         num_layers: int = 6,
         num_heads: int = 8,
         num_points: int = 4,
@@ -239,12 +239,13 @@ class DeformablePixelDecoder(nn.Module):
         self.layers = nn.ModuleList(
             DeformableLayer(embed_dim, num_heads, num_points, ffn_dim) for _ in range(num_layers)
         )
-        self.lateral = ConvNorm(in_channels[0], embed_dim, 1)
-        self.output = ConvNorm(embed_dim, embed_dim, 3)
-        self.mask_features = PointwiseConv(embed_dim, mask_dim)
+        if mask_dim is not None:
+            self.lateral = ConvNorm(in_channels[0], embed_dim, 1)
+            self.output = ConvNorm(embed_dim, embed_dim, 3)
+            self.mask_features = PointwiseConv(embed_dim, mask_dim)
+            nn.init.kaiming_uniform_(self.mask_features.weight, a=1)
         for projection, _ in self.input_proj:
             nn.init.xavier_uniform_(projection.weight)
-        nn.init.kaiming_uniform_(self.mask_features.weight, a=1)
 
     def forward(self, features: list[Tensor]) -> Features:
         """Decode the encoder's four maps (B, C_i, H / s_i, W / s_i), finest first; see `finish`."""
