@@ -1,13 +1,13 @@
-"""The encoder of the original U-Net++ networks (arXiv:1807.10165, arXiv:1912.05074): plain blocks from stride 1.
+"""The encoder of the original UNet++ networks (arXiv:1807.10165, arXiv:1912.05074): plain blocks from stride 1.
 
 Official code: MrGiovanni/UNetPlusPlus, which holds two networks of other blocks and another way down:
 
-========  =====================================================================================  ==========================
-style     convolution (3x3, two a block)                                                         from level to level
-========  =====================================================================================  ==========================
-keras     bias, ReLU, dropout 0.5 (there is no switch: decoder and heads of the papers have it)  2x2 max pool
-nnunet    bias, instance norm with weight and bias, LeakyReLU 0.01                               stride 2 in the first one
-========  =====================================================================================  ==========================
+======  =================================================================  =========================
+style   convolution (3x3, two a block)                                     from level to level
+======  =================================================================  =========================
+keras   bias, ReLU, dropout 0.5 (no switch there; the decoder has it too)  2x2 max pool
+nnunet  bias, instance norm with weight and bias, LeakyReLU 0.01           stride 2 in the first one
+======  =================================================================  =========================
 
 `ConvBlock` is the decoder's too, and knows the block of segmentation_models_pytorch's decoder ("smp": no bias, BatchNorm,
 ReLU) besides. Both ways down give ceil(n / 2) map pixels of n, where the official networks take sides only that divide by
