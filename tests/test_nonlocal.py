@@ -117,6 +117,19 @@ def test_decoder_trains_in_every_mode_and_the_block_begins_as_the_identity(mode)
     assert decoder.nl_block.g.conv.weight.grad.abs().max() > 0
 
 
+def test_no_map_of_all_pairs_is_stored():
+    block, largest = NonLocalBlock(8), 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal largest
+        largest = max(largest, tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(torch.rand(1, 8, 32, 40, requires_grad=True)).sum().backward()
+    assert 0 < largest <= 8 * 32 * 40  # a map; all pairs would be 1280 * 1280
+
+
 def test_unscaled_differs():
     (x,) = maps([6], [(3, 5)])
     scaled, unscaled = (filled(NonLocalBlock(6, use_scale=flag))(x) for flag in (True, False))

@@ -29,8 +29,9 @@ class NonLocalBlock(NonLocal2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.mode != "embedded_gaussian":
             return super().forward(x)
+        # Contiguous: attention's memory-saving forms want a pixel's channels side by side.
         query, key, value = (
-            part(x).flatten(2).transpose(1, 2)[:, None] for part in (self.theta, self.phi, self.g)
+            part(x).flatten(2).transpose(1, 2).contiguous()[:, None] for part in (self.theta, self.phi, self.g)
         )  # (B, 1, HW, C / reduction)
         scale = None if self.use_scale else 1.0  # None: 1 / sqrt(channels)
         y = F.scaled_dot_product_attention(query, key, value, scale=scale)
