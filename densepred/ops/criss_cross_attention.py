@@ -6,8 +6,8 @@ pixel twice and mixes up two axes; it is part of no model).
 
 The axes are taken one after another, a few lines at a time. What earlier axes gave, its log-sum-exp L and its output O,
 is merged with a line's weights as in blockwise attention, so that not even the map of H + W weights a pixel exists. The
-backward computes the weights again from L. All work is done on rows of pixels (..., C), which is free for channels-last
-maps.
+backward computes the weights again from L. All work is done on pixels (..., C), which channels-last maps are as they lie in
+memory; others are copied first.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,23 +23,13 @@ _BLOCK = {"cpu": 1 << 18}
 _LARGE_BLOCK = 1 << 24
 
 
+def _layout(maps: Tensor) -> torch.memory_format:
+    return torch.channels_last if maps.dim() == 4 else torch.channels_last_3d
+
+
 def _pixels_last(maps: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return (B, *axes, C) of maps (B, C, *axes), contiguous."""
-    layout = torch.channels_last if maps.dim() == 4 else torch.channels_last_3d
-    return maps.to(dtype).contiguous(memory_format=layout).movedim(1, -1).contiguous()
-
-
-def _channels_second(pixels: Tensor, like: Tensor) -> Tensor:
-    """Return (B, C, *axes) of pixels (B, *axes, C), in the dtype and the layout of ``like``."""
-    maps = torch.empty_like(like)
-    if pixels.dtype == maps.dtype and pixels.movedim(-1, 1).stride() == maps.stride():
-        return pixels.movedim(-1, 1)
-    for image, source in zip(maps, pixels, strict=True):  # a plain transposition has a kernel three times as fast
-        if image.is_contiguous():
-            image.flatten(1).copy_(source.flatten(0, -2).t())
-        else:
-            image.copy_(source.movedim(-1, 0))
-    return maps
+    """Return (B, *axes, C) of maps (B, C, *axes), contiguous: a view of channels-last maps of that type."""
+    return maps.to(dtype).contiguous(memory_format=_layout(maps)).movedim(1, -1)
 
 
 def _lines(pixels: Tensor, axis: int) -> Tensor:
@@ -55,6 +45,8 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[bool, tuple[Tensor, ...]]]:
     It counts along the last axis only. Other axes of length 1 hold nothing but the pixel itself and are left out.
     """
     most, last = _BLOCK.get(tensors[0].device.type, _LARGE_BLOCK), tensors[0].dim() - 2
+    if 0 in tensors[0].shape[:-1]:
+        return
     for axis in range(last, 0, -1):
         length = tensors[0].shape[axis]
         if axis == last or length > 1:
@@ -73,37 +65,38 @@ def _energies(query: Tensor, key: Tensor, own_key: bool) -> Tensor:
 def _merge_lines(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     dtype = _sum_dtype(q, k, v)
     query, key, value = (_pixels_last(maps, dtype) for maps in (q, k, v))
-    out, total = torch.zeros_like(value), value.new_full((*value.shape[:-1], 1), -torch.inf)
-    if not value.numel():
-        return torch.empty_like(v), total[..., 0]
+    out, total = torch.empty_like(value), value.new_full((*value.shape[:-1], 1), -torch.inf)
     for own_key, (q_line, k_line, v_line, o_line, l_line) in _blocks(query, key, value, out, total):
         weights = _energies(q_line, k_line, own_key)
         largest = weights.amax(2, keepdim=True)
         line_sum = weights.sub_(largest).exp_().sum(2, keepdim=True).log_().add_(largest)
         merged = torch.logaddexp(l_line, line_sum)
-        o_line.mul_((l_line - merged).exp_()).baddbmm_(weights.mul_(largest.sub_(merged).exp_()), v_line)
+        weights.mul_(largest.sub_(merged).exp_())
+        if not own_key:
+            o_line.mul_((l_line - merged).exp_())
+        o_line.baddbmm_(weights, v_line, beta=0 if own_key else 1)  # the first axis writes, the others add
         l_line.copy_(merged)
-    return _channels_second(out, v), total[..., 0]
+    return out.movedim(-1, 1).to(v.dtype), total[..., 0]
 
 
 def _merge_lines_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not v.numel():
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    dtype = log_sum.dtype
-    query, key, value, slope = (_pixels_last(maps, dtype) for maps in (q, k, v, grad))
-    # An image at a time: the product needs a map.
-    mean = torch.stack([(a.to(dtype) * b.to(dtype)).sum(0) for a, b in zip(grad, out, strict=True)])  # (B, *axes)
-    grads = [torch.zeros_like(pixels) for pixels in (query, key, value)]
-    for own_key, lines in _blocks(query, key, value, slope, mean[..., None], log_sum[..., None], *grads):
-        q_line, k_line, v_line, s_line, m_line, l_line, *grad_lines = lines
+    inputs, dtype = (q, k, v), log_sum.dtype
+    pixels = [_pixels_last(maps, dtype) for maps in (*inputs, grad, out)]
+    mean = torch.empty_like(log_sum)[..., None]  # of what each key's weight is worth to the output
+    grads = [torch.empty_like(part) for part in pixels[:3]]
+    for own_key, lines in _blocks(*pixels, mean, log_sum[..., None], *grads):
+        q_line, k_line, v_line, s_line, o_line, m_line, l_line, *grad_lines = lines
+        if own_key:
+            torch.sum(s_line * o_line, 2, keepdim=True, out=m_line)
         weights = _energies(q_line, k_line, own_key).sub_(l_line).exp_()
         changes = torch.bmm(s_line, v_line.transpose(1, 2)).sub_(m_line).mul_(weights)
-        grad_lines[0].baddbmm_(changes, k_line)
-        grad_lines[1].baddbmm_(changes.transpose(1, 2), q_line)
-        grad_lines[2].baddbmm_(weights.transpose(1, 2), s_line)
-    return tuple(_channels_second(pixels, maps) for pixels, maps in zip(grads, (q, k, v), strict=True))
+        beta = 0 if own_key else 1
+        grad_lines[0].baddbmm_(changes, k_line, beta=beta)
+        grad_lines[1].baddbmm_(changes.transpose(1, 2), q_line, beta=beta)
+        grad_lines[2].baddbmm_(weights.transpose(1, 2), s_line, beta=beta)
+    return tuple(part.movedim(-1, 1).to(maps.dtype) for part, maps in zip(grads, inputs, strict=True))
 
 
 def _sum_dtype(*tensors: Tensor) -> torch.dtype:
@@ -114,12 +107,12 @@ def _sum_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 class Backend(NamedTuple):
-    """The two halves of one implementation, for maps of two and of three axes.
+    """The two halves of one implementation, for maps of two and of three axes; all maps that it returns are channels-last.
 
     Attributes:
-        forward: (q, k, v) -> (out, log_sum); out in the dtype and the layout of v, log_sum (B, *axes) in float32
-            (float64 where an input is).
-        backward: (gradient of out, q, k, v, out, log_sum) -> the gradients of q, k and v in their dtypes and layouts.
+        forward: (q, k, v) -> (out, log_sum); out in the dtype of v, log_sum (B, *axes) in float32 (float64 where an input
+            is).
+        backward: (gradient of out, q, k, v, out, log_sum) -> the gradients of q, k and v in their dtypes.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -146,14 +139,16 @@ def _criss_cross_attention_backward(
 
 @_criss_cross_attention.register_fake
 def _output_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(v), v.new_empty((v.shape[0], *v.shape[2:]), dtype=_sum_dtype(q, k, v))
+    return torch.empty_like(v, memory_format=_layout(v)), v.new_empty(
+        (v.shape[0], *v.shape[2:]), dtype=_sum_dtype(q, k, v)
+    )
 
 
 @_criss_cross_attention_backward.register_fake
 def _gradient_shapes(
     _grad: Tensor, q: Tensor, k: Tensor, v: Tensor, _out: Tensor, _log_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return tuple(torch.empty_like(maps, memory_format=_layout(maps)) for maps in (q, k, v))
 
 
 def _save_for_backward(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -179,13 +174,13 @@ def criss_cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         v: (B, Cv, H, W).
 
     Returns:
-        (B, Cv, H, W) in the dtype and the memory layout of ``v``, without the residual and the factor of CCNet's module.
+        (B, Cv, H, W) in the dtype of ``v``, channels-last in memory, without the residual and the factor of CCNet's module.
 
     Raises:
         ValueError: shapes that disagree, or ``DENSEPRED_OPS_BACKEND`` names an unknown backend.
     """
     _check_shapes("criss_cross_attention", "H, W", q, k, v)
-    return _criss_cross_attention(q, k, v)[0]
+    return _attend(q, k, v)
 
 
 def criss_cross_attention_3d(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -202,7 +197,12 @@ def criss_cross_attention_3d(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ValueError: see `criss_cross_attention`.
     """
     _check_shapes("criss_cross_attention_3d", "T, H, W", q, k, v)
-    return _criss_cross_attention(q, k, v)[0]
+    return _attend(q, k, v)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # Here and not in the op: what is saved for the backward is then channels-last already.
+    return _criss_cross_attention(*(maps.contiguous(memory_format=_layout(maps)) for maps in (q, k, v)))[0]
 
 
 def _check_shapes(name: str, axes: str, q: Tensor, k: Tensor, v: Tensor) -> None:
