@@ -51,7 +51,9 @@ def metas(pad_shape: tuple, img_shape: tuple, ori_shape: tuple) -> list[dict]:
 def test_classifier_starts_small_and_names_are_the_agreed_ones():
     head = make_head(in_channels=64, num_classes=50, auxiliary=dict(channels=8), deep_channels=[6], kernel_size=3)
     assert head.classifier.weight.shape == (50, 64, 3, 3)
-    assert float(head.classifier.weight.std()) == pytest.approx(0.01, rel=0.05) and not head.classifier.bias.any()
+    assert (
+        float(head.classifier.weight.detach().std()) == pytest.approx(0.01, rel=0.05) and not head.classifier.bias.any()
+    )
     names = {name.rsplit(".", 1)[0] for name in head.state_dict()}
     auxiliary = {"auxiliary.conv.conv", "auxiliary.conv.bn", "auxiliary.classifier"}
     assert names == {"classifier", "deep_classifiers.0"} | auxiliary

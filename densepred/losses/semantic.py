@@ -280,10 +280,10 @@ def lovasz_softmax(
     if not len(classes) or not valid.any():
         return 0 * probs.sum()
     weights = class_weights([1.0] * probs.shape[1] if class_weight is None else class_weight, probs)
-    losses = []
+    losses, maps = [], probs.unbind(1)
     for c in classes:
         truth = labels == c
-        errors = (truth.to(probs.dtype) - probs[:, c]).abs() * valid  # (B, H, W)
+        errors = (truth.to(probs.dtype) - maps[c]).abs() * valid  # (B, H, W)
         losses.append(weights[c] * lovasz_extension(errors.flatten(), truth.flatten()))
     return torch.stack(losses).mean()
 
@@ -361,13 +361,15 @@ def focal_map(logits: Tensor, labels: Tensor, gamma: float, alpha: float | Seque
         gamma: 0 or at least 1.
         alpha: 0..1, one or one a class.
     """
-    logits = full_precision(logits)
-    targets = one_hot(labels, logits.shape[1], logits)
-    alpha = torch.as_tensor(alpha, dtype=logits.dtype, device=logits.device).view(-1, 1, 1)
-    probs = logits.sigmoid()
-    wrong = (1 - probs) * targets + probs * (1 - targets)
-    factor = (alpha * targets + (1 - alpha) * (1 - targets)) * wrong.pow(gamma)
-    return factor * binary_cross_entropy_map(logits, labels)
+    losses = binary_cross_entropy_map(logits, labels)
+    own = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)[:, None, None]  # (B, C, H, W)
+    alpha = torch.as_tensor(alpha, dtype=losses.dtype, device=losses.device).view(-1, 1, 1)
+    return torch.where(own, alpha, 1 - alpha) * wrongness(losses).pow(gamma) * losses
+
+
+def wrongness(losses: Tensor) -> Tensor:
+    """Return 1 - p, exact also for small ones, of cross entropies -log p."""
+    return -torch.expm1(-losses)
 
 
 def softmax_focal(logits: Tensor, labels: Tensor, gamma: float, alpha: float | Sequence[float]) -> Tensor:
@@ -378,7 +380,7 @@ def softmax_focal(logits: Tensor, labels: Tensor, gamma: float, alpha: float | S
     losses = cross_entropy_map(logits, labels)
     alpha = torch.as_tensor(alpha, dtype=losses.dtype, device=losses.device).view(-1)
     alpha = alpha.expand(logits.shape[1])[labels.clamp(max=logits.shape[1] - 1)]  # (B, H, W)
-    return alpha * (1 - (-losses).exp()).clamp(min=0).pow(gamma) * losses
+    return alpha * wrongness(losses).pow(gamma) * losses
 
 
 @MODELS.register_module()
