@@ -11,6 +11,7 @@ from densepred.encoders.resnet import BLOCKS, ConvNorm, ResNet
 from tests import parity
 
 ALL = ("stem", "res2", "res3", "res4", "res5")
+D8 = dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4))
 
 
 @pytest.fixture
@@ -93,6 +94,92 @@ def test_stride_sits_where_the_option_says(in_1x1, strides):
     with torch.device("meta"):
         block = ResNet(50, stride_in_1x1=in_1x1).res3[0]
     assert (block.conv1.stride[0], block.conv2.stride[0]) == strides
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize(("contract", "firsts"), [(False, {4: 2, 5: 4}), (True, {5: 2})])
+def test_dilation_sits_where_the_published_networks_have_it(depth, contract, firsts):
+    with torch.device("meta"):
+        model = ResNet(depth, **D8, contract_dilation=contract)
+    found = {k: (m.dilation[0], m.padding[0]) for k, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    conv = 1 if depth == 18 else 2  # a basic block's second convolution is never dilated
+    wanted = {f"res{i}.0.conv{conv}": d for i, d in firsts.items()}
+    wanted |= {f"res{i}.{j}.conv{conv}": d for i, d in ((4, 2), (5, 4)) for j in range(1, BLOCKS[depth][i - 2])}
+    assert {k: v for k, v in found.items() if v[0] > 1} == {k: (d, d) for k, d in wanted.items()}
+    assert model.strides == [4, 8, 8, 8]
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_dilated_stage_sees_the_pixels_of_the_strided_one(depth):
+    torch.manual_seed(0)
+    plain = ResNet(depth).double().eval()
+    dilated = ResNet(depth, strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), contract_dilation=True).double().eval()
+    dilated.load_state_dict(plain.state_dict())
+    image = torch.randn(1, 3, 65, 97, dtype=torch.float64)
+    with torch.no_grad():
+        (*_, coarse), (*_, res4, fine) = plain(image), dilated(image)
+        # A basic block's second convolution is not dilated, so only what is before it agrees.
+        if depth == 18:
+            coarse, fine = plain.res5[0].conv1(res4), dilated.res5[0].conv1(res4)
+    assert (tuple(coarse.shape[-2:]), tuple(fine.shape[-2:])) == ((3, 4), (5, 7))
+    torch.testing.assert_close(fine[..., ::2, ::2], coarse, rtol=0, atol=1e-12 * float(coarse.abs().max()))
+
+
+def test_max_pool_rounds_up_on_request():
+    up, down = ResNet(18, ALL, **D8, ceil_mode=True).eval(), ResNet(18, ALL, **D8).eval()
+    up.load_state_dict(down.state_dict())
+    with torch.no_grad():
+        for sides, wanted in (((64, 33), ((17, 9), (9, 5))), ((66, 35), ((17, 10), (9, 5)))):
+            maps, floored = up(torch.zeros(1, 3, *sides)), down(torch.zeros(1, 3, *sides))
+            assert [m.shape[-2:] for m in maps] == [wanted[0]] * 2 + [wanted[1]] * 3
+            assert floored[0].shape[-2:] == tuple(-(-n // 4) for n in sides)
+        image = torch.randn(1, 3, 64, 64)
+        torch.testing.assert_close(
+            up(image)[0][..., :16, :16], down(image)[0]
+        )  # a row and a column more, the rest the same
+
+
+@pytest.mark.parametrize("stem", ["7x7", "deep", "v1c"])
+def test_conv1_is_the_map_before_the_max_pool(stem):
+    torch.manual_seed(0)
+    model = ResNet(18, ("conv1", "stem", "res2"), stem=stem).eval()
+    conv1, pooled, _ = model(torch.randn(1, 3, 47, 62))
+    assert (model.strides, model.channels) == ([2, 4, 4], [128 if stem == "deep" else 64] * 2 + [64])
+    assert conv1.shape[-2:] == (24, 31) and conv1.min() == 0  # after the ReLU
+    assert torch.equal(F.max_pool2d(conv1, 3, 2, 1), pooled)
+
+
+def test_v1c_stem_has_half_the_deep_ones_width():
+    with torch.device("meta"):
+        stem = ResNet(18, stem="v1c").stem
+    assert [m.out_channels for m in stem.children()] == [32, 32, 64]
+
+
+@pytest.mark.parametrize(
+    ("names", "num_maps", "computed"),
+    [
+        (("conv1", "res2", "res5"), 1, {"stem"}),
+        (("conv1", "res2", "res5"), 2, {"stem", "res2"}),
+        (("res4", "res2", "res5"), 1, {"stem", "res2", "res3", "res4"}),
+        (("stem", "res3"), None, {"stem", "res2", "res3"}),
+    ],
+)
+def test_fewer_maps_compute_nothing_behind(names, num_maps, computed):
+    model, called = ResNet(18, names).eval(), set()
+    for name, module in model.named_modules():
+        if isinstance(module, ConvNorm):
+            module.register_forward_hook(lambda *_, name=name: called.add(name.split(".")[0]))
+    image = torch.randn(1, 3, 33, 33)
+    maps = model(image, num_maps=num_maps)
+    assert called == computed
+    assert all(torch.equal(a, b) for a, b in zip(maps, model(image), strict=num_maps is None))
+
+
+def test_every_parameter_of_a_dilated_resnet_gets_a_gradient():
+    torch.manual_seed(0)
+    model = ResNet(50, stem="v1c", **D8, contract_dilation=True, ceil_mode=True).train()
+    sum(m.square().mean() for m in model(torch.randn(2, 3, 33, 34))).backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
 
 
 @pytest.mark.parametrize("depth", [18, 50])
@@ -195,7 +282,9 @@ def test_exports_with_another_size(family, small_convnext):
     ("build", "message"),
     [
         (lambda: ResNet(51), "depth=51: ResNet knows 18, 34, 50, 101, 152"),
-        (lambda: ResNet(18, stem="7×7"), "ResNet knows 7x7, deep"),
+        (lambda: ResNet(18, stem="7×7"), "ResNet knows 7x7, deep, v1c"),
+        (lambda: ResNet(18, strides=(1, 2)), "strides=(1, 2): ResNet has four stages and takes a number for each"),
+        (lambda: ResNet(18, dilations=(2,)), "dilations=(2,): ResNet has four stages"),
         (lambda: ResNet(18, ("res2", "res6")), "no map 'res6'; did you mean 'res"),
         (lambda: ResNet(18, frozen_norm=True, zero_init_residual=True), "blocks would stay zero; drop one of the two"),
         (lambda: ConvNeXt("huge"), "arch='huge': ConvNeXt knows tiny, small, base, large"),
