@@ -256,7 +256,9 @@ def test_prepare_coco_lists_every_bad_file(coco):
     assert "000005.png: segment 77 has 0 pixels, but the JSON lists it" in lines[2]
 
 
-@pytest.mark.parametrize("script", ["prepare_coco", "prepare_cityscapes", "prepare_ade20k", "prepare_shapes"])
+@pytest.mark.parametrize(
+    "script", ["prepare_coco", "prepare_cityscapes", "prepare_ade20k", "prepare_shapes", "check_masks"]
+)
 def test_help_needs_no_slow_import(script):
     code = "import runpy, sys; path = sys.argv[1]; sys.argv = [path, '--help']\n"
     code += "try: runpy.run_path(path, run_name='__main__')\n"

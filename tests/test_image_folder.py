@@ -8,6 +8,7 @@ from PIL import Image
 
 from densepred.data import ImageFolderSegmentation
 from densepred.data.errors import DamagedImageError
+from densepred.data.image_folder import distinct_color
 
 LOAD = [dict(type="LoadImage"), dict(type="LoadSemantic")]
 CLASSES = ["soil", "leaf", "stone"]
@@ -167,6 +168,12 @@ def test_missing_files(root):
         ImageFolderSegmentation(str(root), "nowhere", "masks", CLASSES)
     with pytest.raises(FileNotFoundError, match=r"few\.txt, the list of the split's images, does not exist"):
         folder(root, split_file="few.txt")
+
+
+def test_shown_colours_differ():
+    colors = np.array([distinct_color(i) for i in range(24)])
+    apart = np.abs(colors[:, None] - colors).sum(-1)[~np.eye(24, dtype=bool)]
+    assert apart.min() >= 40 and colors.min() >= 0 and colors.max() <= 255
 
 
 def test_lazy_sets_know_their_classes(tmp_path):

@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Callable, Sequence
+from colorsys import hsv_to_rgb
 
 import numpy as np
 
-from densepred.data.class_tables import COCO_PANOPTIC
 from densepred.data.dataset import SegDataset
 from densepred.data.files import paired_files
 from densepred.data.loading import ColorTable, label_table
@@ -86,14 +86,20 @@ class ImageFolderSegmentation(SegDataset):
 
 
 def folder_metainfo(classes: Sequence[str], palette: Sequence[Color] | None) -> dict[str, tuple]:
-    """Return the ``metainfo`` of own classes: all stuff; without a palette they are shown in COCO's colours in turn."""
-    shown = palette or [COCO_PANOPTIC[i % len(COCO_PANOPTIC)][3] for i in range(len(classes))]
+    """Return the ``metainfo`` of own classes: all stuff; without a palette they are shown in colours far apart."""
+    shown = [distinct_color(i) for i in range(len(classes))] if palette is None else palette
     return {
         "classes": tuple(classes),
         "palette": tuple(tuple(color) for color in shown),
         "isthing": (False,) * len(classes),
         "category_ids": tuple(range(len(classes))),
     }
+
+
+def distinct_color(number: int) -> tuple[int, int, int]:
+    """Return an RGB colour unlike those of the numbers before: hues by the golden ratio, five levels of light."""
+    parts = hsv_to_rgb(number * 0.618034 % 1, 0.75, (0.95, 0.6, 0.8, 0.4, 0.7)[number % 5])
+    return tuple(round(255 * part) for part in parts)
 
 
 def check_classes(classes: Sequence[str]) -> None:
