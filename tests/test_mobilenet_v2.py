@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from densepred.encoders.mobilenet_v2 import MAPS, MobileNetV2
+from densepred.engine.conversion import convert_state_dict, to_official
+from densepred.engine.sources import detect_source
 from tests import parity
 
 D8 = dict(strides=(1, 2, 2, 1, 1, 1, 1), dilations=(1, 1, 1, 2, 2, 4, 4))
@@ -30,6 +32,35 @@ def test_parameter_count_is_the_published_one():
         found = sum(p.numel() for p in MobileNetV2().parameters())
     classifier, last_convolution = 1281 * 1000, 320 * 1280 + 2 * 1280
     assert found == 3_504_872 - classifier - last_convolution
+
+
+def _torchvision_names():
+    """The keys of torchvision's MobileNetV2, in its order."""
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    keys = ["features.0.0.weight", *(f"features.0.1.{k}" for k in norm)]
+    for block in range(1, 18):
+        units = 1 if block == 1 else 2
+        for i in range(units):
+            keys += [f"features.{block}.conv.{i}.0.weight", *(f"features.{block}.conv.{i}.1.{k}" for k in norm)]
+        keys += [f"features.{block}.conv.{units}.weight", *(f"features.{block}.conv.{units + 1}.{k}" for k in norm)]
+    return keys
+
+
+def test_torchvisions_weights_load_strictly_and_go_back():
+    model = MobileNetV2()
+    own = model.state_dict()
+    # Both list a network's tensors in the order in which they are computed.
+    official = dict(zip(_torchvision_names(), own.values(), strict=True))
+    dropped = {"features.18.0.weight": torch.zeros(1280, 320, 1, 1), "classifier.1.bias": torch.zeros(1000)}
+    assert detect_source(official | dropped) == "torchvision-mobilenet-v2"
+    ours = convert_state_dict(official | dropped, "torchvision-mobilenet-v2", model)
+    assert list(ours) == list(own) and all(torch.equal(ours[k], v) for k, v in own.items())
+    back = to_official(ours, "torchvision-mobilenet-v2")
+    assert list(back) == list(official) and all(torch.equal(back[k], v) for k, v in official.items())
+    with pytest.raises(ValueError, match="1 missing from the file: layer7"):
+        convert_state_dict(
+            {k: v for k, v in official.items() if "17.conv.3.bias" not in k}, "torchvision-mobilenet-v2", model
+        )
 
 
 @pytest.mark.parametrize("size", [(33, 65), (47, 62), (1, 2)])

@@ -57,7 +57,7 @@ class MobileNetV2(BaseModule):
             default are mmsegmentation's.
         strides: of the first block of each of the seven stages.
         dilations: of the first depthwise convolution of each stage.
-        init_cfg: ``dict(type="Pretrained", checkpoint=PATH)`` reads our files.
+        init_cfg: ``dict(type="Pretrained", checkpoint=PATH)`` reads torchvision and mmpretrain files.
 
     Attributes:
         channels, strides: of the returned maps, in the order of ``out_features``.

@@ -10,6 +10,7 @@ from densepred.engine import mapping_ccnet as ccnet
 from densepred.engine import mapping_mmsegmentation as mmsegmentation
 from densepred.engine import mapping_segformer as segformer
 from densepred.engine import mapping_unetpp as unetpp
+from densepred.engine import mapping_vwformer as vwformer
 from densepred.engine.mapping_efficientnet_lite import efficientnet_lite_to_ours, ours_to_efficientnet_lite
 from densepred.engine.mapping_mask2former import (
     official_to_ours,
@@ -19,6 +20,7 @@ from densepred.engine.mapping_mask2former import (
     transformers_swin_to_ours,
     transformers_to_ours,
 )
+from densepred.engine.mapping_mobilenet_v2 import ours_to_torchvision, torchvision_to_ours
 from densepred.errors import nearest
 
 Rename = Callable[[str], str]
@@ -146,6 +148,21 @@ SOURCES = {
         "a whole ECO-M2F checkpoint: Mask2Former with a gate that picks the exit",
         fingerprint=(r"sem_seg_head\.pixel_decoder\.transformer\.encoder\.gt\.head\.",),
         **_MASK2FORMER,
+    ),
+    "vwformer": Source(
+        "a whole VWFormer checkpoint of its authors' mmsegmentation",
+        vwformer.vwformer_to_ours,
+        vwformer.ours_to_vwformer,
+        dropped=vwformer.DROPPED,
+        fingerprint=vwformer.FINGERPRINT,
+        encoder_only=False,
+        import_values=vwformer.values_to_ours,
+        export_values=vwformer.values_to_theirs,
+    ),
+    "mask2former-vwformer": Source(
+        "a whole checkpoint of VWFormer's authors' Mask2Former",
+        fingerprint=vwformer.MASK2FORMER_FINGERPRINT,
+        **_MASK2FORMER | dict(to_ours=vwformer.mask2former_to_ours, to_official=vwformer.ours_to_mask2former),
     ),
     "mask2former": Source(
         "a whole Mask2Former checkpoint",
@@ -295,6 +312,13 @@ SOURCES = {
         ours_to_efficientnet_lite,
         dropped=r"(_conv_head|_bn1|_fc)\..*",
         fingerprint=(r"_conv_stem\.weight", r"_blocks\.0\._depthwise_conv\.weight"),
+    ),
+    "torchvision-mobilenet-v2": Source(
+        "an ImageNet MobileNetV2 of torchvision",
+        torchvision_to_ours,
+        ours_to_torchvision,
+        dropped=r"(features\.18|classifier)\..*",
+        fingerprint=(r"features\.0\.0\.weight", r"features\.17\.conv\.3\.weight"),
     ),
     "mmpretrain": Source(
         "an ImageNet classifier of mmpretrain: ConvNeXt, MobileNetV2, ResNet, Swin",
