@@ -200,9 +200,10 @@ class MixVisionTransformer(BaseModule):
     def forward(self, images: Tensor, num_maps: int | None = None) -> list[Tensor]:
         """Return the first ``num_maps`` maps of ``out_features`` (all without it); what lies behind them is not computed."""
         maps, x, names = {}, images, self.out_features[:num_maps]
-        for i, (embed, blocks, norm) in enumerate(self.layers):
+        for i, stage in enumerate(self.layers):
             if maps.keys() >= set(names):
                 break
+            embed, blocks, norm = stage
             tokens, size = embed(x)  # (B, h * w, C)
             for block in blocks:
                 tokens = block(tokens, size)
