@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 from cityscapesscripts.preparation.createPanopticImgs import convert2panoptic
 
-from densepred.data import ADE20KPanoptic, CityscapesPanoptic, CocoPanoptic, SeekableSampler
+from densepred.data import (
+    ADE20KPanoptic,
+    ADE20KSemantic,
+    CityscapesPanoptic,
+    CityscapesSemantic,
+    CocoPanoptic,
+    LoadImage,
+    LoadSemantic,
+    SeekableSampler,
+)
 from densepred.data.ade20k import panoptic_from_labels
 from densepred.data.cityscapes import panoptic_from_instance_ids
 from densepred.data.dataset import resolve_data_root
@@ -324,6 +333,38 @@ def test_label_maps_of_unknown_classes():
     instances[0] = [[3, 1, 0], [4, 1, 0]]
     with pytest.raises(ValueError, match=r"object 1 of the instance map has the classes \[3, 4\]; wants exactly one"):
         panoptic_from_labels(np.ones((2, 2), np.uint8), instances)
+
+
+def test_ade20k_labels_are_reduced_once(make_shapes, tmp_path):
+    root = shutil.copytree(make_shapes("ade20k"), tmp_path / "ade")
+    dataset = ADE20KSemantic(str(root), "val", [LoadImage(), LoadSemantic()])
+    path = dataset.get_data_info(0)["semantic_path"]
+    stored = cv2.imread(path, cv2.IMREAD_UNCHANGED)
+    stored[:5], stored[5:9] = 0, 150
+    cv2.imwrite(path, stored)
+    first = dataset[0]
+    assert np.array_equal(first["semantic"], stored - np.uint8(1)) and first["semantic"][0, 0] == 255
+    again = LoadSemantic()(first)  # a second step in a pipeline reads the file again, it reduces nothing twice
+    assert np.array_equal(again["semantic"], stored - np.uint8(1))
+    # Files that somebody reduced before are told by their 255.
+    cv2.imwrite(path, stored - np.uint8(1))
+    with pytest.raises(
+        DamagedImageError, match=r"labels 255 \(\d+ pixels\), .* from 0 to 150\); .* converted already\?"
+    ):
+        dataset[0]
+
+
+def test_classes_that_never_occur_and_crops_without_labels(make_shapes, tmp_path):
+    dataset = CityscapesSemantic(str(make_shapes("cityscapes")), "train", [LoadImage(), LoadSemantic()])
+    seen = set(np.unique(np.concatenate([sample["semantic"].ravel() for sample in dataset])).tolist())
+    assert len(dataset.metainfo["classes"]) == 19 and {16, 17} - seen  # train, motorcycle: the table stays whole
+    root = shutil.copytree(make_shapes("cityscapes"), tmp_path / "cityscapes")
+    for path in (root / "gtFine" / "train").rglob("*_labelIds.png"):
+        cv2.imwrite(str(path), np.zeros((64, 80), np.uint8))
+    crop = dict(type="ScaleAndCrop", crop_size=(48, 48), max_class_share=0.75)
+    pipeline = [dict(type="LoadImage"), dict(type="LoadSemantic"), crop, dict(type="PackSegInputs")]
+    sample = CityscapesSemantic(str(root), "train", pipeline)[0]["data_samples"]
+    assert sample.gt_semantic.eq(255).all() and sample.gt_semantic.shape == sample.img_shape
 
 
 # Real samples.
