@@ -95,12 +95,24 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     frames = tasks.add_parser("cityscapes-semantic", help="Cityscapes label maps: IoU and iIoU, classes and categories")
     frames.add_argument("--gt", required=True, metavar="DIR", help="folder with *_gtFine_instanceIds.png below it")
     frames.add_argument("--pred", required=True, metavar="DIR", help="label ids, one PNG a frame, named like it")
-    semantic = tasks.add_parser("semantic", help="label maps: mIoU, mean accuracy, accuracy")
+    semantic = tasks.add_parser("semantic", help="label maps: IoU, accuracy, Dice, boundary IoU, confusion matrix")
     semantic.add_argument("--gt", required=True, metavar="DIR", help="label maps")
-    semantic.add_argument("--pred", required=True, metavar="DIR", help="label maps of the same names")
-    semantic.add_argument("--num-classes", required=True, type=int)
-    semantic.add_argument("--ignore-index", type=int, default=255)
+    semantic.add_argument("--pred", required=True, metavar="DIR", help="label maps of the same names, classes 0..N-1")
+    semantic.add_argument(
+        "--dataset",
+        choices=("ade20k", "camvid", "cityscapes", "dsb2018", "isbi2012"),
+        help="truth as this set stores it (Cityscapes: predicted label ids, too), instead of the next three",
+    )
+    semantic.add_argument("--num-classes", type=int, metavar="N")
+    semantic.add_argument("--ignore-index", type=int, help="true label that does not count; default: 255")
     semantic.add_argument("--reduce-zero-label", action="store_true", help="truth: 0 is ignored, k means class k - 1")
+    semantic.add_argument(
+        "--boundary-ratio",
+        type=float,
+        metavar="R",
+        help="also boundary IoU, width R x diagonal: 0.02, Cityscapes 0.005",
+    )
+    semantic.add_argument("--confusion", metavar="CSV|PNG", help="write the confusion matrix, as the ending says")
     for task in (panoptic, instance, cityscapes, frames, semantic):
         task.add_argument("--out", metavar="JSON", help="write the figures, in 0..1 with full precision")
 
@@ -123,9 +135,10 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
         evaluate_and_print(args.gt, args.pred, args.out)
     else:
-        from densepred.evaluation.semantic import evaluate_and_print
+        from densepred.evaluation.semantic_files import evaluate_and_print
 
-        evaluate_and_print(args.gt, args.pred, args.num_classes, args.ignore_index, args.reduce_zero_label, args.out)
+        labels = (args.num_classes, args.ignore_index, args.reduce_zero_label, args.dataset)
+        evaluate_and_print(args.gt, args.pred, *labels, args.boundary_ratio, args.confusion, args.out)
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:

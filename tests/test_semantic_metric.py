@@ -10,13 +10,8 @@ import torch
 from mmengine.evaluator import Evaluator
 
 from densepred.evaluation import cityscapes_semantic
-from densepred.evaluation.semantic import (
-    SemanticIoU,
-    confusion_matrix,
-    evaluate_and_print,
-    evaluate_files,
-    semantic_quality,
-)
+from densepred.evaluation.semantic import SemanticIoU, confusion_matrix, semantic_quality
+from densepred.evaluation.semantic_files import evaluate_and_print, evaluate_files
 from densepred.evaluation.table import semantic_table
 from densepred.structures import PanopticMap, SegSample
 
@@ -58,9 +53,9 @@ def test_nothing_counts():
 @pytest.mark.parametrize("value, dtype", [(3, np.uint8), (254, np.uint8), (3, np.int64), (-1, np.int16)])
 def test_labels_outside_the_classes_are_errors(value, dtype):
     good, bad = np.zeros((2, 2), dtype), np.array([[0, value], [0, 0]], dtype)
-    with pytest.raises(ValueError, match=rf"predicted labels {value} are outside 0..2"):
+    with pytest.raises(ValueError, match=rf"predicted labels {value} \(1 pixels\) are outside 0..2"):
         confusion_matrix(good, bad, 3)
-    with pytest.raises(ValueError, match=rf"true labels {value} are outside 0..2, .*ignore_index=255"):
+    with pytest.raises(ValueError, match=rf"true labels {value} \(1 pixels\) are outside 0..2, .*ignore_index=255"):
         confusion_matrix(bad, good, 3)
 
 
@@ -187,7 +182,7 @@ def test_metric_begins_anew_and_wants_every_image():
 
 
 def test_metric_names_the_file_of_a_wrong_label():
-    with pytest.raises(ValueError, match=r"images/a.jpg: predicted labels 3 are outside"):
+    with pytest.raises(ValueError, match=r"images/a.jpg: predicted labels 3 \(1 pixels\) are outside"):
         evaluate([sample([[3]], gt_semantic=torch.tensor([[0]]))])
     with pytest.raises(ValueError, match=r"images/a.jpg: .* neither gt_semantic nor gt_panoptic"):
         evaluate([sample([[0]])])
@@ -227,7 +222,7 @@ def test_folders_are_scored_together(folders, tmp_path, capsys):
     record = evaluate_files(*folders, num_classes=3, reduce_zero_label=True)
     assert [record["per_class"][str(c)]["iou"] for c in range(3)] == [1, 0.5, 0]
     assert record["aAcc"] == 0.8 and record["per_class"]["0"]["pixels"] == 3
-    evaluate_and_print(*folders, 4, 255, True, str(tmp_path / "out" / "figures.json"))
+    evaluate_and_print(*folders, 4, 255, True, out=str(tmp_path / "out" / "figures.json"))
     written = json.loads((tmp_path / "out" / "figures.json").read_text())
     assert written["per_class"]["3"]["iou"] is None and written["mIoU"] == 0.5
     assert "80.00" in capsys.readouterr().out
@@ -235,7 +230,7 @@ def test_folders_are_scored_together(folders, tmp_path, capsys):
 
 def test_folders_that_do_not_fit(folders, tmp_path):
     gt, pred = folders
-    with pytest.raises(ValueError, match=r"pred.x.png \(truth .*x.png\): true labels 3 are outside 0..2"):
+    with pytest.raises(ValueError, match=r"pred.x.png \(truth .*x.png\): true labels 3 \(1 pixels\) are outside 0..2"):
         evaluate_files(gt, pred, 3)
     (pred / "sub" / "y.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of 2 predictions are missing, the first is .*y.png"):

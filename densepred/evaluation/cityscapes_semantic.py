@@ -1,4 +1,4 @@
-"""Cityscapes' semantic benchmark on its own files: IoU and iIoU of classes and categories.
+"""Cityscapes' semantic benchmark: IoU and iIoU of classes and categories, as a metric and on files.
 
 Cordts et al., "The Cityscapes Dataset" (CVPR 2016), section 4.1; the details follow ``evalPixelLevelSemanticLabeling`` of
 https://github.com/mcordts/cityscapesScripts 2.3.0, whose numbers these equal. A prediction of an id that the benchmark
@@ -13,12 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from mmengine import dist
+from mmengine.evaluator import BaseMetric
+from mmengine.logging import MMLogger
 
 from densepred.data.class_tables import CITYSCAPES
+from densepred.data.dataset import resolve_data_root
 from densepred.data.loading import read_label_map
 from densepred.evaluation.cityscapes_instance import NUM_LABELS, TRUTH_SUFFIX, read_instance_ids
-from densepred.evaluation.record import write_record
+from densepred.evaluation.record import check_counted, write_record
 from densepred.evaluation.table import text_table
+from densepred.registry import METRICS
+from densepred.structures import require_fields
 
 NAMES = {label: name for label, name, *_ in CITYSCAPES}
 """The 19 label ids that count, and their names."""
@@ -105,6 +112,90 @@ def cityscapes_quality(counts: np.ndarray) -> dict[str, Any]:
     }
 
 
+@METRICS.register_module()
+class CityscapesIoU(BaseMetric):
+    """What Cityscapes' semantic benchmark measures beside IoU: iIoU, and both for categories, in percent.
+
+    The truth is read from the label files, ``gtFine/<split>/<city>/<frame>_gtFine_instanceIds.png``: it holds the objects.
+    Keeps one (2, 34, 34) array. `evaluate` returns ``miIoU``, ``mIoU_cat`` and ``miIoU_cat`` and prints the official
+    table; the mIoU in it equals that of `densepred.evaluation.semantic.SemanticIoU`, beside which this one stands in a config
+    (``semantic=[dict(type="SemanticIoU"), dict(type="CityscapesIoU", data_root=...)]``) and which also writes predictions.
+
+    Args:
+        data_root: Folder with ``gtFine/``, see `densepred.data.dataset.resolve_data_root`.
+        split: ``train`` or ``val``.
+
+    Attributes:
+        per_class: Name -> ``iou``, ``iiou`` (0..1, NaN where there is nothing to measure) of the last evaluation.
+
+    Raises:
+        FileNotFoundError: There are no labels of the split.
+    """
+
+    def __init__(self, data_root: str, split: str = "val") -> None:
+        super().__init__(prefix="cityscapes")  # without one MMEngine warns; `evaluate` does without
+        self.gt_dir = Path(resolve_data_root(data_root)) / "gtFine" / split
+        if not self.gt_dir.is_dir():
+            raise FileNotFoundError(f"CityscapesIoU: {self.gt_dir} does not exist; see datasets/README.md")
+        self.per_class: dict[str, dict] = {}
+        self._record: dict[str, Any] | None = None
+        self._reset()
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
+        """Count a batch of samples (as dictionaries, see MMEngine's ``Evaluator``)."""
+        ids = np.asarray(self.dataset_meta["category_ids"])
+        if not set(ids.tolist()) <= NAMES.keys():
+            raise ValueError(
+                f"CityscapesIoU: category_ids {ids.tolist()} are not Cityscapes' 7..33; use SemanticIoU alone"
+            )
+        for sample in data_samples:
+            (prediction,) = require_fields(sample, "pred_semantic")
+            frame = Path(sample["img_path"]).stem.removesuffix("_leftImg8bit")
+            truth = read_instance_ids(self.gt_dir / frame.split("_")[0] / f"{frame}{TRUTH_SUFFIX}")
+            classes = prediction.cpu().numpy()
+            if classes.size and not 0 <= classes.min() <= classes.max() < len(ids):
+                raise ValueError(f"{sample['img_path']}: predicted classes outside 0..{len(ids) - 1}")
+            try:
+                self._counts += frame_counts(truth, ids[classes])
+            except ValueError as error:
+                raise ValueError(f"{sample['img_path']}: {error}") from error
+            self._images += 1
+
+    def evaluate(self, size: int) -> dict[str, float]:
+        """Sum over the processes, print the table, begin anew, and return the metrics on every rank.
+
+        Args:
+            size: Images in the data set.
+
+        Raises:
+            ValueError: The processes together did not count each image once.
+        """
+        total = torch.from_numpy(np.append(self._counts.ravel(), float(self._images)))  # (2 * 34 * 34 + 1,)
+        self._reset()
+        dist.all_reduce(total)
+        check_counted("CityscapesIoU", int(total[-1]), size)
+        metrics = self.compute_metrics([total[:-1].numpy().reshape(self._counts.shape)])
+        if dist.is_main_process():
+            MMLogger.get_current_instance().info("\n" + cityscapes_table(self.metrics_record()))
+        return metrics
+
+    def compute_metrics(self, results: list[np.ndarray]) -> dict[str, float]:
+        """Return the metrics in percent of a list of counts (2, 34, 34), and keep the record."""
+        self._record = cityscapes_quality(sum(results))
+        self.per_class = self._record["classes"]
+        return {name: 100 * self._record[name] for name in ("miIoU", "mIoU_cat", "miIoU_cat")}
+
+    def metrics_record(self) -> dict[str, Any]:
+        """Return the last evaluation in full, see `cityscapes_quality`."""
+        if self._record is None:
+            raise ValueError("CityscapesIoU has no record yet: call `evaluate` first")
+        return self._record
+
+    def _reset(self) -> None:
+        self._counts = np.zeros((2, NUM_LABELS, NUM_LABELS))
+        self._images = 0
+
+
 def evaluate_files(gt_dir: str | Path, pred_dir: str | Path) -> dict[str, Any]:
     """Score predictions in the official format: one PNG of label ids a frame, its name beginning as the truth's does.
 
@@ -119,10 +210,7 @@ def evaluate_files(gt_dir: str | Path, pred_dir: str | Path) -> dict[str, Any]:
         FileNotFoundError: There is no truth, or a frame has no prediction.
         ValueError: A file cannot be used, or a frame has several predictions.
     """
-    truths = sorted(Path(gt_dir).rglob(f"*{TRUTH_SUFFIX}"))
-    if not truths:
-        raise FileNotFoundError(f"{gt_dir}: no *{TRUTH_SUFFIX} in it; give gtFine/val or the folder above")
-    pairs = _pairs(truths, Path(pred_dir))
+    pairs = pair_frames(Path(gt_dir), Path(pred_dir))
 
     def count(some: Sequence[tuple[Path, Path]]) -> np.ndarray:
         total = np.zeros((2, NUM_LABELS, NUM_LABELS))
@@ -137,6 +225,25 @@ def evaluate_files(gt_dir: str | Path, pred_dir: str | Path) -> dict[str, Any]:
     workers = cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         return cityscapes_quality(sum(pool.map(count, (pairs[i::workers] for i in range(workers)))))
+
+
+def pair_frames(gt_dir: Path, pred_dir: Path) -> list[tuple[Path, Path]]:
+    """Return the files of truth and prediction of every frame, see `evaluate_files`."""
+    truths = sorted(gt_dir.rglob(f"*{TRUTH_SUFFIX}"))
+    if not truths:
+        raise FileNotFoundError(f"{gt_dir}: no *{TRUTH_SUFFIX} in it; give gtFine/val or the folder above")
+    predictions: dict[str, list[Path]] = {}
+    for path in pred_dir.rglob("*.png"):
+        predictions.setdefault(_frame(path), []).append(path)
+    pairs = []
+    for truth in truths:
+        found = sorted(predictions.get(_frame(truth), []))
+        if not found:
+            raise FileNotFoundError(f"{pred_dir}: no prediction {_frame(truth)}*.png of {truth}; write label ids there")
+        if len(found) > 1:
+            raise ValueError(f"{found[0]} and {found[1]} are both predictions of {truth}; leave one")
+        pairs.append((truth, found[0]))
+    return pairs
 
 
 def evaluate_and_print(gt_dir: str, pred_dir: str, out: str | None = None) -> None:
@@ -154,22 +261,6 @@ def cityscapes_table(record: dict[str, Any]) -> str:
         rows += [[name, 100 * values["iou"], 100 * values["iiou"]] for name, values in record[group].items()]
         rows += [[f"mean of {group}", 100 * record[f"mIoU{suffix}"], 100 * record[f"miIoU{suffix}"]], []]
     return text_table(["class", "IoU", "iIoU"], rows[:-1], title="Cityscapes, semantic")
-
-
-def _pairs(truths: Sequence[Path], pred_dir: Path) -> list[tuple[Path, Path]]:
-    """Return (truth, prediction) of every frame."""
-    predictions: dict[str, list[Path]] = {}
-    for path in pred_dir.rglob("*.png"):
-        predictions.setdefault(_frame(path), []).append(path)
-    pairs = []
-    for truth in truths:
-        found = sorted(predictions.get(_frame(truth), []))
-        if not found:
-            raise FileNotFoundError(f"{pred_dir}: no prediction {_frame(truth)}*.png of {truth}; write label ids there")
-        if len(found) > 1:
-            raise ValueError(f"{found[0]} and {found[1]} are both predictions of {truth}; leave one")
-        pairs.append((truth, found[0]))
-    return pairs
 
 
 def _frame(path: Path) -> str:

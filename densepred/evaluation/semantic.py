@@ -1,13 +1,11 @@
-"""Semantic segmentation: the confusion matrix, what it says, the streaming metric, and scoring of folders.
+"""Semantic segmentation: the confusion matrix, what it says, and the streaming metric.
 
 All pixels of all images are counted together before any ratio is taken, as in the benchmarks (PASCAL VOC, Cityscapes,
-ADE20K); a mean of the images' own ratios is another number. Cityscapes' own files and its iIoU: see
-`densepred.evaluation.cityscapes_semantic`.
+ADE20K, and the Dice of U-Net's and UNet++'s papers, per class); a mean of the images' own ratios is another number.
+Folders of label maps: see `densepred.evaluation.semantic_files`; Cityscapes' iIoU: `densepred.evaluation.cityscapes_semantic`.
 """
 
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,9 @@ from mmengine import dist
 from mmengine.evaluator import BaseMetric
 from mmengine.logging import MMLogger
 
-from densepred.data.loading import read_label_map
-from densepred.evaluation.record import check_counted, write_record
+from densepred.evaluation.boundary import boundary_counts, boundary_iou, contour_width
+from densepred.evaluation.confusion import write_confusion
+from densepred.evaluation.record import check_counted
 from densepred.evaluation.table import semantic_table
 from densepred.registry import METRICS
 from densepred.structures import IGNORE_INDEX, PanopticMap, require_fields
@@ -54,7 +53,7 @@ def confusion_matrix(
     ignored = gt == ignore_index
     row = np.where(ignored, 0, gt)
     _check_labels(row, num_classes, "true", f"; is ignore_index={ignore_index} right?")
-    _check_labels(pred, num_classes, "predicted", "")
+    _check_labels(pred, num_classes, "predicted", "; a prediction names a class at every pixel, also at ignored ones")
 
     pair = row.astype(np.uint16 if num_classes * (num_classes + 1) <= 1 << 16 else np.int64)
     pair[ignored] = num_classes
@@ -68,20 +67,23 @@ def confusion_matrix(
     return counted
 
 
-def semantic_quality(confusion: np.ndarray) -> dict[str, Any]:
-    """Turn a confusion matrix into scores, in 0..1.
+def semantic_quality(confusion: np.ndarray, boundary: np.ndarray | None = None) -> dict[str, Any]:
+    """Turn counts into scores, in 0..1.
 
     Args:
-        confusion: (C, C), row = truth, the sum of `confusion_matrix` over images.
+        confusion: (C, C), row = truth, the sum of `confusion_matrix` over images. A further column counts predictions of
+            none of the classes: misses of the true class, and of no class spurious.
+        boundary: (C, 3), the sum of `densepred.evaluation.boundary.boundary_counts` over images.
 
     Returns:
-        ``mIoU``, ``mAcc``, ``mDice``, ``mPrecision``: means over the classes that have a value; ``aAcc``: share of right
-        pixels; ``fwIoU``: IoU weighted by the classes' share of true pixels; ``per_class``: a list of ``iou``, ``acc``,
-        ``dice``, ``precision`` and ``pixels`` (true ones) a class. What has nothing to divide by is NaN: IoU and Dice of a
-        class in neither truth nor prediction, accuracy of one not in the truth, precision of one never predicted.
+        ``mIoU``, ``mAcc``, ``mDice``, ``mPrecision`` and, with ``boundary``, ``mBIoU`` (boundary IoU): means over the
+        classes that have a value; ``aAcc``: share of right pixels; ``fwIoU``: IoU weighted by the classes' share of true
+        pixels; ``per_class``: a list of ``iou``, ``acc``, ``dice``, ``precision``, ``boundary_iou`` and ``pixels`` (true
+        ones) a class. What has nothing to divide by is NaN: IoU and Dice of a class in neither truth nor prediction,
+        accuracy of one not in the truth, precision of one never predicted, everything if all pixels are ignored.
     """
     confusion = np.asarray(confusion, np.float64)  # exact up to 2**53
-    right, true, found = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    right, true, found = confusion.diagonal(), confusion.sum(1), confusion.sum(0)[: len(confusion)]
     scores = {
         "iou": _ratio(right, true + found - right),
         "acc": _ratio(right, true),
@@ -89,6 +91,8 @@ def semantic_quality(confusion: np.ndarray) -> dict[str, Any]:
         "precision": _ratio(right, found),
     }
     names = {"mIoU": "iou", "mAcc": "acc", "mDice": "dice", "mPrecision": "precision"}
+    if boundary is not None:
+        scores["boundary_iou"], names["mBIoU"] = boundary_iou(boundary), "boundary_iou"
     means = {mean: _mean(scores[name]) for mean, name in names.items()}
     total = true.sum()
     return {
@@ -104,24 +108,36 @@ def semantic_quality(confusion: np.ndarray) -> dict[str, Any]:
 
 @METRICS.register_module()
 class SemanticIoU(BaseMetric):
-    """IoU and accuracy of `SegSample` with ``pred_semantic``, in percent.
+    """IoU, accuracy and Dice of `SegSample` with ``pred_semantic``, in percent.
 
     The truth is ``gt_semantic`` or, without it, the classes of ``gt_panoptic``'s segments, crowds included. Keeps one
-    (C, C) array, whatever the number of images. `evaluate` returns ``mIoU``, ``mAcc`` and ``aAcc`` and prints a table per
-    class.
+    (C, C) array, whatever the number of images. `evaluate` returns ``mIoU``, ``mAcc``, ``aAcc``, ``mDice`` and, where it was
+    asked for, ``mBIoU``, and prints a table per class. Of a set with a foreground, look at its class in ``per_class``.
 
     Args:
         out_dir: Folder for the predictions, one PNG of classes an image; of label ids, as the official tools want
             them, if all the data set's ``category_ids`` are Cityscapes' (7..33).
+        confusion_dir: Folder for the confusion matrix, ``confusion.csv`` and ``confusion.png``, anew at every evaluation;
+            with ``out_dir`` it is ``out_dir/confusion`` unless said otherwise.
+        boundary_ratio: Also measure boundary IoU: width of the contours over the image's diagonal, 0.02 in general,
+            0.005 for Cityscapes.
 
     Attributes:
-        per_class: Name -> ``iou``, ``acc``, ``dice``, ``precision`` (0..1, NaN where there is nothing to measure) and
-            ``pixels`` of the last evaluation.
+        per_class: Name -> ``iou``, ``acc``, ``dice``, ``precision``, ``boundary_iou`` (0..1, NaN where there is nothing to
+            measure) and ``pixels`` of the last evaluation.
     """
 
-    def __init__(self, out_dir: str | None = None) -> None:
+    def __init__(
+        self, out_dir: str | None = None, confusion_dir: str | None = None, boundary_ratio: float | None = None
+    ) -> None:
         super().__init__(prefix="semantic")  # without one MMEngine warns; `evaluate` does without
         self.out_dir = None if out_dir is None else Path(out_dir)
+        if confusion_dir is None and out_dir is not None:
+            confusion_dir = self.out_dir / "confusion"
+        self.confusion_dir = None if confusion_dir is None else Path(confusion_dir)
+        if boundary_ratio is not None:
+            contour_width((1, 1), boundary_ratio)  # refuses a bad one before the first image
+        self.boundary_ratio = boundary_ratio
         self.per_class: dict[str, dict] = {}
         self._record: dict[str, Any] | None = None
         self._reset()
@@ -133,9 +149,12 @@ class SemanticIoU(BaseMetric):
             (prediction,) = require_fields(sample, "pred_semantic")
             labels = prediction.cpu().numpy()
             try:
-                counts = confusion_matrix(_truth(sample), labels, num_classes)
+                truth = _truth(sample)
+                counts = confusion_matrix(truth, labels, num_classes)
             except ValueError as error:
                 raise ValueError(f"{sample.get('img_path', 'a sample')}: {error}") from error
+            if self.boundary_ratio is not None:
+                counts = np.hstack([counts, boundary_counts(truth, labels, num_classes, self.boundary_ratio)])
             self._counts = counts if self._counts is None else self._counts + counts
             self._images += 1
             if self.out_dir is not None:
@@ -155,14 +174,24 @@ class SemanticIoU(BaseMetric):
         metrics = self.compute_metrics([counts])
         if dist.is_main_process():
             MMLogger.get_current_instance().info("\n" + semantic_table(self.metrics_record()))
+            if self.confusion_dir is not None:
+                for name in ("confusion.csv", "confusion.png"):
+                    write_confusion(self.confusion_dir / name, counts[:, : len(counts)], self.dataset_meta["classes"])
         return metrics
 
     def compute_metrics(self, results: list[np.ndarray]) -> dict[str, float]:
-        """Return the metrics in percent of a list of confusion matrices, and keep the record."""
-        quality = semantic_quality(sum(results))
+        """Return the metrics in percent of a list of counts, and keep the record.
+
+        Args:
+            results: (C, C) confusion matrices, with a ``boundary_ratio`` (C, C + 3) with the boundary's counts behind.
+        """
+        counts = sum(results)
+        num_classes = len(counts)
+        boundary = None if self.boundary_ratio is None else counts[:, num_classes:]
+        quality = semantic_quality(counts[:, :num_classes], boundary)
         self.per_class = dict(zip(self.dataset_meta["classes"], quality["per_class"], strict=True))
         self._record = {**quality, "per_class": self.per_class}
-        return {name: 100 * quality[name] for name in ("mIoU", "mAcc", "aAcc")}
+        return {name: 100 * quality[name] for name in ("mIoU", "mAcc", "aAcc", "mDice", "mBIoU") if name in quality}
 
     def metrics_record(self) -> dict[str, Any]:
         """Return the last evaluation in full, as `semantic_quality` with ``per_class`` by name, values 0..1."""
@@ -176,13 +205,14 @@ class SemanticIoU(BaseMetric):
         self._written: dict[str, str] = {}
 
     def _gather(self) -> tuple[np.ndarray, int]:
-        """Return the confusion matrix and the number of images of all processes, and begin anew."""
+        """Return the counts and the number of images of all processes, and begin anew."""
         num_classes = len(self.dataset_meta["classes"])
-        counts = np.zeros((num_classes, num_classes), np.int64) if self._counts is None else self._counts
-        total = torch.from_numpy(np.append(counts.ravel(), self._images))  # (C * C + 1,)
+        columns = num_classes + (0 if self.boundary_ratio is None else 3)
+        counts = np.zeros((num_classes, columns), np.int64) if self._counts is None else self._counts
+        total = torch.from_numpy(np.append(counts.ravel(), self._images))  # (C * columns + 1,)
         self._reset()
         dist.all_reduce(total)
-        return total[:-1].numpy().reshape(num_classes, num_classes), int(total[-1])
+        return total[:-1].numpy().reshape(num_classes, columns), int(total[-1])
 
     def _write(self, img_path: str, labels: np.ndarray) -> None:
         path = self.out_dir / f"{Path(img_path).stem}.png"
@@ -195,73 +225,6 @@ class SemanticIoU(BaseMetric):
         self.out_dir.mkdir(parents=True, exist_ok=True)
         if not cv2.imwrite(str(path), labels.astype(np.uint8 if labels.max(initial=0) < 256 else np.uint16)):
             raise OSError(f"{path}: cannot be written; is there space?")
-
-
-def evaluate_files(
-    gt_dir: str | Path,
-    pred_dir: str | Path,
-    num_classes: int,
-    ignore_index: int = IGNORE_INDEX,
-    reduce_zero_label: bool = False,
-) -> dict[str, Any]:
-    """Score a folder of label maps against another; files belong together by their path below the folders.
-
-    Args:
-        gt_dir: True label maps, PNG of one channel, also in folders below; each needs a prediction.
-        pred_dir: Predicted ones, classes 0..C-1.
-        num_classes: C.
-        ignore_index: True label of pixels that do not count.
-        reduce_zero_label: In the truth 0 is ignored too and k means class k - 1, as ADE20K stores it.
-
-    Returns:
-        As `semantic_quality`, with ``per_class`` a dictionary by class number (a string).
-
-    Raises:
-        FileNotFoundError: There is no truth, or a truth has no prediction.
-        ValueError: A file cannot be used, or prediction and truth do not fit together.
-    """
-    gt_dir, pred_dir = Path(gt_dir), Path(pred_dir)
-    names = sorted(path.relative_to(gt_dir) for path in gt_dir.rglob("*.png"))
-    if not names:
-        raise FileNotFoundError(f"{gt_dir}: no label map **/*.png in it; give the folder of the true label maps")
-    missing = [name for name in names if not (pred_dir / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(names)} predictions are missing, the first is {pred_dir / missing[0]}; predictions "
-            "have the names and subfolders of the truth"
-        )
-
-    def count(some: list[Path]) -> np.ndarray:
-        total = np.zeros((num_classes, num_classes), np.int64)
-        for name in some:
-            truth, prediction = read_label_map(gt_dir / name), read_label_map(pred_dir / name)
-            if reduce_zero_label:
-                truth = _reduced(truth, ignore_index)
-            try:
-                total += confusion_matrix(truth, prediction, num_classes, ignore_index)
-            except ValueError as error:
-                raise ValueError(f"{pred_dir / name} (truth {gt_dir / name}): {error}") from error
-        return total
-
-    workers = os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as pool:  # decoding releases the interpreter; each thread keeps one matrix
-        quality = semantic_quality(sum(pool.map(count, (names[i::workers] for i in range(workers)))))
-    return {**quality, "per_class": {str(c): values for c, values in enumerate(quality["per_class"])}}
-
-
-def evaluate_and_print(
-    gt_dir: str,
-    pred_dir: str,
-    num_classes: int,
-    ignore_index: int = IGNORE_INDEX,
-    reduce_zero_label: bool = False,
-    out: str | None = None,
-) -> None:
-    """Print the table of `evaluate_files` and write its figures as JSON to ``out`` (NaN becomes null)."""
-    record = evaluate_files(gt_dir, pred_dir, num_classes, ignore_index, reduce_zero_label)
-    print(semantic_table(record))
-    if out is not None:
-        write_record(out, record)
 
 
 def _truth(sample: Mapping) -> np.ndarray:
@@ -283,18 +246,13 @@ def _classes_of(panoptic: PanopticMap) -> np.ndarray:
     return table[ids]
 
 
-def _reduced(labels: np.ndarray, ignore_index: int) -> np.ndarray:
-    reduced = labels.astype(np.int32) - 1
-    reduced[(labels == 0) | (labels == ignore_index)] = ignore_index
-    return reduced
-
-
 def _check_labels(labels: np.ndarray, num_classes: int, what: str, hint: str) -> None:
     if labels.min() < 0 or labels.max() >= num_classes:
-        wrong = np.unique(labels[(labels < 0) | (labels >= num_classes)])
+        values, counts = np.unique(labels[(labels < 0) | (labels >= num_classes)], return_counts=True)
+        wrong = [f"{value} ({count} pixels)" for value, count in zip(values[:5], counts[:5], strict=True)]
         raise ValueError(
-            f"{what} labels {', '.join(map(str, wrong[:5]))} are outside 0..{num_classes - 1}, the {num_classes} classes"
-            f"{hint}"
+            f"{what} labels {', '.join(wrong)}{', ...' if len(values) > 5 else ''} are outside 0..{num_classes - 1}, the "
+            f"{num_classes} classes{hint}"
         )
 
 

@@ -57,19 +57,28 @@ def semantic_table(record: Mapping, names: Mapping[str, str] | None = None) -> s
     """Return the table of a semantic record, in percent.
 
     Args:
-        record: As `densepred.evaluation.semantic.evaluate_files` returns it, values 0..1.
+        record: As `densepred.evaluation.semantic_files.evaluate_files` returns it, values 0..1.
         names: Class names by the keys of ``record["per_class"]``; without them the keys are shown.
     """
     names = names or {}
+    columns = {"IoU": "iou", "Acc": "acc", "Dice": "dice", "Precision": "precision"}
+    means = ["mIoU", "mAcc", "mDice", "mPrecision"]
+    if "mBIoU" in record:
+        columns["Boundary IoU"] = "boundary_iou"
+        means.append("mBIoU")
     rows: list[Sequence] = []
     for key, values in record["per_class"].items():
-        scores = [100 * values[score] for score in ("iou", "acc", "dice", "precision")]
-        rows.append([names.get(key, key), *scores, values["pixels"]])
+        rows.append([names.get(key, key), *(100 * values[score] for score in columns.values()), values["pixels"]])
     pixels = sum(values["pixels"] for values in record["per_class"].values())
-    rows.append([])
-    rows.append(["mean", *(100 * record[score] for score in ("mIoU", "mAcc", "mDice", "mPrecision")), pixels])
-    rows.append(["weighted by pixels", 100 * record["fwIoU"], 100 * record["aAcc"], "", "", pixels])
-    return text_table(["class", "IoU", "Acc", "Dice", "Precision", "pixels"], rows, title="Semantic segmentation")
+    rows += [[], ["mean", *(100 * record[mean] for mean in means), pixels]]
+    rows.append(["weighted by pixels", 100 * record["fwIoU"], 100 * record["aAcc"], *[""] * (len(means) - 2), pixels])
+    table = text_table(["class", *columns, "pixels"], rows, title="Semantic segmentation")
+    if not pixels:
+        return f"{table}\nNothing was measured: every true pixel is ignored."
+    absent = sum(math.isnan(values["iou"]) for values in record["per_class"].values())
+    if absent:
+        return f"{table}\n- : nothing to measure; {absent} classes are in neither truth nor prediction and in no mean."
+    return table
 
 
 def _cell(value: str | int | float) -> str:
