@@ -2,7 +2,7 @@
 
 Their repository: images in BGR with the mean taken off and no division, leaky ReLU in the heads, hard pixels only (OHEM).
 Its run script forgets --recurrence and trains without attention; here R = 2 as published. The paper's category consistent
-loss, which no official code has: model.decoder.embedding_channels=16 and head.embedding_loss=dict(type="CategoryConsistentLoss").
+loss, which no official code has: decoder.embedding_channels=16 and head.embedding_loss=dict(type="CategoryConsistentLoss").
 """
 
 model = dict(

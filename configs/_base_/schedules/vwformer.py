@@ -1,0 +1,16 @@
+"""VWFormer's schedule: AdamW whose rate decays from the decoder to the encoder's stem, warm-up, linear decay to 0."""
+
+warmup_iters = 1500
+optim_wrapper = dict(
+    type="OptimWrapper",
+    constructor="LayerDecayConstructor",
+    optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    paramwise_cfg=dict(decay_rate=0.9, num_layers=12),  # ConvNeXt-T: 6 layers; Swin: decay_rate 0.85
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-6, begin=0, end="${warmup_iters}", by_epoch=False),
+    dict(type="PolyLR", power=1.0, eta_min=0.0, begin="${warmup_iters}", end="${train_cfg.max_iters}", by_epoch=False),
+]
+train_cfg = dict(type="SeekableTrainLoop", max_iters=160_000, val_interval=16_000)
+auto_scale_lr = dict(enable=False, base_batch_size=16)
+sync_bn = "torch"

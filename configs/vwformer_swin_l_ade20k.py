@@ -1,0 +1,27 @@
+"""VWFormer, Swin-L (ImageNet-22k at 384), ADE20K, 640 x 640 crops. Published: mIoU 54.4 (val)."""
+
+_base_ = [
+    "_base_/default_runtime.py",
+    "_base_/datasets/ade20k_semantic.py",
+    "_base_/models/vwformer.py",
+    "_base_/schedules/vwformer.py",
+]
+
+image_size = (640, 640)
+base_size = (2560, 640)
+test_short_edge = 640
+test_max_size = 2560
+model = dict(
+    encoder=dict(
+        _delete_=True,
+        type="SwinTransformer",
+        embed_dim=192,
+        depths=(2, 2, 18, 2),
+        num_heads=(6, 12, 24, 48),
+        window_size=12,
+        drop_path_rate=0.3,
+        init_cfg=None,
+    ),
+    decoder=dict(shortcut=False),
+)
+optim_wrapper = dict(paramwise_cfg=dict(decay_rate=0.85))
