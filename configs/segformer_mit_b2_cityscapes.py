@@ -9,5 +9,9 @@ _base_ = [
 
 image_size = (1024, 1024)
 model = dict(encoder=dict(arch="b2"), sliding=dict(size=(1024, 1024), stride=(768, 768)))
-optim_wrapper = dict(paramwise_cfg=dict(lr_mult=dict(decoder=10.0, head=10.0), decay_biases=True))
+optim_wrapper = dict(
+    paramwise_cfg=dict(
+        custom_keys=dict(norm=dict(decay_mult=0.0), decoder=dict(lr_mult=10.0), head=dict(lr_mult=10.0)),
+    ),
+)
 auto_scale_lr = dict(base_batch_size=8)

@@ -8,4 +8,8 @@ _base_ = [
 ]
 
 model = dict(encoder=dict(arch="b4"))
-optim_wrapper = dict(paramwise_cfg=dict(lr_mult=dict(decoder=10.0, head=10.0), decay_biases=True))
+optim_wrapper = dict(
+    paramwise_cfg=dict(
+        custom_keys=dict(norm=dict(decay_mult=0.0), decoder=dict(lr_mult=10.0), head=dict(lr_mult=10.0)),
+    ),
+)

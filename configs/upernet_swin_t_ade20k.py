@@ -18,4 +18,8 @@ model = dict(
         init_cfg=None,
     ),
 )
-optim_wrapper = dict(paramwise_cfg=dict(no_decay=["relative_position_bias_table"], decay_biases=True))
+optim_wrapper = dict(
+    paramwise_cfg=dict(
+        custom_keys=dict(norm=dict(decay_mult=0.0), relative_position_bias_table=dict(decay_mult=0.0)),
+    ),
+)

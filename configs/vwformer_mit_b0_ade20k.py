@@ -11,7 +11,18 @@ _base_ = [
 ]
 
 model = dict(
-    encoder=dict(_delete_=True, type="MixVisionTransformer", arch="b0", drop_path_rate=0.1, init_cfg=None),
+    encoder=dict(
+        _delete_=True,
+        type="MixVisionTransformer",
+        arch="b0",
+        drop_path_rate=0.1,
+        reduction_norm_eps=1e-5,
+        init_cfg=None,
+    ),
     decoder=dict(channels=128),
 )
-optim_wrapper = dict(paramwise_cfg=dict(lr_mult=dict(decoder=10.0, head=10.0), decay_biases=True))
+optim_wrapper = dict(
+    paramwise_cfg=dict(
+        custom_keys=dict(norm=dict(decay_mult=0.0), decoder=dict(lr_mult=10.0), head=dict(lr_mult=10.0)),
+    ),
+)

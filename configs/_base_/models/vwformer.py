@@ -13,7 +13,13 @@ model = dict(
         size_divisor=1,
     ),
     encoder=dict(
-        type="ConvNeXt", arch="tiny", output_norm=True, layer_scale_init=1.0, drop_path_rate=0.4, init_cfg=None
+        type="ConvNeXt",
+        arch="tiny",
+        output_norm=True,
+        layer_scale_init=1.0,
+        downsample_norm_eps=1e-5,
+        drop_path_rate=0.4,
+        init_cfg=None,
     ),
     decoder=dict(type="VWFormerDecoder", variant="ade20k", channels=512),
     head=dict(

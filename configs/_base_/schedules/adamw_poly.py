@@ -1,9 +1,9 @@
-"""AdamW with 1,500 iterations of warm-up and linear decay to 0: SegFormer, UPerNet on Swin and ConvNeXt, VWFormer."""
+"""AdamW with 1,500 iterations of warm-up and linear decay to 0: SegFormer and UPerNet."""
 
 warmup_iters = 1500
 optim_wrapper = dict(
     type="OptimWrapper",
-    constructor="DecayGroupsConstructor",
+    constructor="DefaultOptimWrapperConstructor",  # MMEngine's: by substrings of names, as published
     optimizer=dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
     paramwise_cfg=dict(),
 )
