@@ -17,7 +17,7 @@ model = dict(
     ),
     decoder=dict(type="CCNetDecoder", channels=128, recurrence=2, negative_slope=0.0, embedding_channels=16),
     head=dict(
-        losses=[dict(type="CrossEntropyLoss"), dict(type="DiceLoss")],
+        losses=[dict(type="CrossEntropyLoss", class_weight="${class_weight}")],
         auxiliary=dict(channels=64, losses=[dict(type="CrossEntropyLoss")]),
         embedding_loss=dict(type="CategoryConsistentLoss"),
     ),

@@ -11,7 +11,7 @@ model = dict(
     encoder=dict(depth=18),
     decoder=dict(type="CCNetDecoder", channels=128, recurrence=2, negative_slope=0.0),
     head=dict(
-        losses=[dict(type="CrossEntropyLoss"), dict(type="DiceLoss")],
+        losses=[dict(type="CrossEntropyLoss")],
         auxiliary=dict(channels=64, losses=[dict(type="CrossEntropyLoss")]),
     ),
 )

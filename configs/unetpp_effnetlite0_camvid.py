@@ -15,5 +15,6 @@ model = dict(
         out_features=("res1", "res2", "res3", "res4", "res5"),
         init_cfg=dict(type="Pretrained", checkpoint="package:efficientnet-lite0"),
     ),
+    head=dict(losses=[dict(type="CrossEntropyLoss", class_weight="${class_weight}")]),
 )
 train_dataloader = dict(batch_size=8)

@@ -7,5 +7,8 @@ _base_ = [
     "_base_/schedules/small_sets.py",
 ]
 
-model = dict(encoder=dict(depth=50))
+model = dict(
+    encoder=dict(depth=50),
+    head=dict(losses=[dict(type="CrossEntropyLoss", class_weight="${class_weight}")]),
+)
 train_dataloader = dict(batch_size=8)

@@ -15,6 +15,6 @@ model = dict(
         init_cfg=dict(type="Pretrained", checkpoint="package:efficientnet-lite0"),
     ),
     decoder=dict(channels=128),
-    head=dict(losses=[dict(type="CrossEntropyLoss"), dict(type="DiceLoss")]),
+    head=dict(losses=[dict(type="CrossEntropyLoss", class_weight="${class_weight}")]),
 )
 train_dataloader = dict(batch_size=8)

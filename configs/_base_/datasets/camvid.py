@@ -4,6 +4,7 @@ num_classes = 11
 tasks = ["semantic"]
 image_size = (360, 480)  # (height, width) of a training crop
 ratio_range = (0.5, 2.0)
+class_weight = [0.51, 0.43, 2.14, 0.38, 0.95, 0.62, 3.11, 1.36, 0.83, 2.50, 2.71]  # roots of SegNet's
 data_root = "datasets/camvid"
 
 train_pipeline = [

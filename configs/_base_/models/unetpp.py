@@ -24,7 +24,7 @@ model = dict(
     head=dict(
         type="SemanticHead",
         num_classes="${num_classes}",
-        losses=[dict(type="CrossEntropyLoss"), dict(type="DiceLoss")],
+        losses=[dict(type="CrossEntropyLoss")],
         dropout=0.0,
         kernel_size=3,
         average_deep=False,
