@@ -11,6 +11,11 @@ from collections.abc import Callable
 ERRORS_OF_USERS = (ValueError, FileNotFoundError, FloatingPointError)
 """Shown as one message without a stack trace, unless DENSEPRED_TRACEBACK is set."""
 
+BOUNDARY = (
+    "measure boundary IoU, contours R x the diagonal wide: 0.02, Cityscapes 0.005; beside IoU, of PQ and AP in them"
+)
+"""Help of an option of several tasks."""
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what train and test share."""
@@ -106,13 +111,9 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     semantic.add_argument("--num-classes", type=int, metavar="N")
     semantic.add_argument("--ignore-index", type=int, help="true label that does not count; default: 255")
     semantic.add_argument("--reduce-zero-label", action="store_true", help="truth: 0 is ignored, k means class k - 1")
-    semantic.add_argument(
-        "--boundary-ratio",
-        type=float,
-        metavar="R",
-        help="also boundary IoU, width R x diagonal: 0.02, Cityscapes 0.005",
-    )
     semantic.add_argument("--confusion", metavar="CSV|PNG", help="write the confusion matrix, as the ending says")
+    for task in (panoptic, instance, cityscapes, semantic):
+        task.add_argument("--boundary-ratio", type=float, metavar="R", help=BOUNDARY)
     for task in (panoptic, instance, cityscapes, frames, semantic):
         task.add_argument("--out", metavar="JSON", help="write the figures, in 0..1 with full precision")
 
@@ -121,15 +122,16 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if args.task == "panoptic":
         from densepred.evaluation.panoptic import evaluate_and_print
 
-        evaluate_and_print(args.gt, args.gt_dir, args.pred, args.pred_dir, args.workers, args.out)
+        paths = (args.gt, args.gt_dir, args.pred, args.pred_dir)
+        evaluate_and_print(*paths, args.workers, args.boundary_ratio, args.out)
     elif args.task == "instance":
         from densepred.evaluation.coco_instance import evaluate_and_print
 
-        evaluate_and_print(args.gt, args.pred, args.iou_type, args.out)
+        evaluate_and_print(args.gt, args.pred, args.iou_type, args.boundary_ratio, args.out)
     elif args.task == "cityscapes-instance":
         from densepred.evaluation.cityscapes_instance import evaluate_and_print
 
-        evaluate_and_print(args.gt, args.pred, args.out)
+        evaluate_and_print(args.gt, args.pred, args.boundary_ratio, args.out)
     elif args.task == "cityscapes-semantic":
         from densepred.evaluation.cityscapes_semantic import evaluate_and_print
 

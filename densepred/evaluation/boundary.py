@@ -95,4 +95,6 @@ def _filterable(labels: np.ndarray) -> np.ndarray:
     """Return the labels in a type that OpenCV filters, values kept."""
     if labels.dtype == bool:
         return labels.view(np.uint8)
-    return labels if labels.dtype in (np.uint8, np.uint16) else labels.astype(np.float64)
+    if labels.dtype in (np.uint8, np.uint16):
+        return labels
+    return labels.astype(np.uint16 if labels.min() >= 0 and labels.max() < 1 << 16 else np.float64)

@@ -23,6 +23,7 @@ from mmengine.logging import MMLogger
 from PIL import Image
 
 from densepred.data.dataset import resolve_data_root
+from densepred.evaluation.boundary import contours
 from densepred.evaluation.record import check_counted, write_record
 from densepred.evaluation.table import text_table
 from densepred.registry import METRICS
@@ -55,7 +56,11 @@ class FrameCounts(NamedTuple):
     objects: np.ndarray
 
 
-def frame_counts(instance_ids: np.ndarray, predictions: Iterable[tuple[np.ndarray, int, float]]) -> FrameCounts:
+def frame_counts(
+    instance_ids: np.ndarray,
+    predictions: Iterable[tuple[np.ndarray, int, float]],
+    boundary_ratio: float | None = None,
+) -> FrameCounts:
     """Count one frame.
 
     A prediction finds an object of its class if their IoU exceeds the overlap; of several the one with the highest score
@@ -66,6 +71,8 @@ def frame_counts(instance_ids: np.ndarray, predictions: Iterable[tuple[np.ndarra
         instance_ids: (H, W) integer; ``label id * 1000 + number`` for an object, the bare label id for stuff and groups.
         predictions: Masks (H, W) bool, label ids and scores; read once, so they may be made on the way. Those of classes
             without instances and empty ones are left out.
+        boundary_ratio: Take the smaller of IoU and boundary IoU, contours as wide as
+            `densepred.evaluation.boundary.contour_width` says; what no contour touches then forgives nothing either.
 
     Raises:
         ValueError: A true or predicted label id does not exist, or the sizes differ.
@@ -78,7 +85,8 @@ def frame_counts(instance_ids: np.ndarray, predictions: Iterable[tuple[np.ndarra
     area = np.bincount(index.ravel(), minlength=len(numbers))  # (K,)
     countable = np.isin(true_label, instance_labels) & (numbers >= 1000) & (area >= MIN_PIXELS)
 
-    label_ids, scores, shared = [], [], []
+    edges = None if boundary_ratio is None else contours(index, boundary_ratio)
+    label_ids, scores, shared, edge_shared, edge_pixels = [], [], [], [], []
     for mask, label_id, score in predictions:
         if not -1 <= label_id < NUM_LABELS or math.isnan(score):
             raise ValueError(f"a prediction has label id {label_id} and score {score}; ids are 0..{NUM_LABELS - 1}")
@@ -91,13 +99,22 @@ def frame_counts(instance_ids: np.ndarray, predictions: Iterable[tuple[np.ndarra
         shared.append(np.bincount(index[band][mask[band]], minlength=len(numbers)))
         label_ids.append(label_id)
         scores.append(score)
+        if edges is not None:
+            edge = mask & contours(mask, boundary_ratio)
+            edge_shared.append(np.bincount(index[edge & edges], minlength=len(numbers)))
+            edge_pixels.append(np.count_nonzero(edge))
 
     overlap = np.array(shared, np.int64).reshape(len(shared), len(numbers))  # (P, K)
     predicted, confidence = np.array(label_ids, np.int64), np.array(scores, np.float64)
     pixels = overlap.sum(axis=1)  # (P,)
     on_void = overlap[:, np.isin(numbers, ignored)].sum(axis=1)
     overlap *= predicted[:, None] == true_label
-    outcomes = _outcomes(overlap, area, pixels, on_void, countable, numbers < 1000, confidence)
+    iou = overlap / (area + pixels[:, None] - overlap)  # (P, K)
+    if edges is not None and label_ids:
+        edge_overlap, edge_area = np.array(edge_shared), np.bincount(index[edges], minlength=len(numbers))
+        overlap[edge_overlap == 0] = 0
+        iou = np.minimum(iou, edge_overlap / (edge_area + np.array(edge_pixels)[:, None] - edge_overlap))
+    outcomes = _outcomes(overlap, iou, area, pixels, on_void, countable, numbers < 1000, confidence)
     objects = np.bincount(true_label[countable], minlength=NUM_LABELS)
     return FrameCounts(predicted, confidence, outcomes, objects)
 
@@ -144,13 +161,14 @@ def instance_names() -> dict[int, str]:
     return {label.id: label.name for label in labels if label.hasInstances and not label.ignoreInEval}
 
 
-def evaluate_folders(gt_dir: str | Path, pred_dir: str | Path) -> dict[str, Any]:
+def evaluate_folders(gt_dir: str | Path, pred_dir: str | Path, boundary_ratio: float | None = None) -> dict[str, Any]:
     """Score predictions in the official format.
 
     Args:
         gt_dir: Folder with ``*_gtFine_instanceIds.png`` at any depth.
         pred_dir: Folder with one text file ``<city>_<sequence>_<frame>*.txt`` a frame at any depth; its lines are
             ``mask.png label_id score``, the path relative to the text file.
+        boundary_ratio: Boundary AP instead of AP, see `frame_counts`.
 
     Returns:
         See `instance_record`.
@@ -167,15 +185,16 @@ def evaluate_folders(gt_dir: str | Path, pred_dir: str | Path) -> dict[str, Any]
     counts = []
     for truth, text in frames:
         try:
-            counts.append(frame_counts(read_instance_ids(truth), _read_predictions(text, Path(pred_dir))))
+            predictions = _read_predictions(text, Path(pred_dir))
+            counts.append(frame_counts(read_instance_ids(truth), predictions, boundary_ratio))
         except ValueError as error:
             raise ValueError(f"{text} (truth {truth}): {error}") from error
     return instance_record(_join(counts))
 
 
-def evaluate_and_print(gt_dir: str, pred_dir: str, out: str | None = None) -> None:
+def evaluate_and_print(gt_dir: str, pred_dir: str, boundary_ratio: float | None = None, out: str | None = None) -> None:
     """Print the table of `evaluate_folders` and write its figures as JSON to ``out`` (NaN becomes null)."""
-    record = evaluate_folders(gt_dir, pred_dir)
+    record = evaluate_folders(gt_dir, pred_dir, boundary_ratio)
     print(instance_table(record))
     if out is not None:
         write_record(out, record)
@@ -331,6 +350,7 @@ def _compact(instance_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _outcomes(
     overlap: np.ndarray,
+    iou: np.ndarray,
     area: np.ndarray,
     pixels: np.ndarray,
     on_void: np.ndarray,
@@ -342,6 +362,7 @@ def _outcomes(
 
     Args:
         overlap: (P, K) pixels shared with each true id of the prediction's class, 0 for other classes.
+        iou: (P, K) overlap with each true id, for matching.
         area: (K,) pixels of each true id.
         pixels: (P,) those of each prediction.
         on_void: (P,) those on ignored classes.
@@ -355,7 +376,6 @@ def _outcomes(
     outcomes = np.full((len(pixels), len(OVERLAPS)), IGNORED, np.int8)
     if not overlap.size:
         return outcomes
-    iou = overlap / (area + pixels[:, None] - overlap)  # (P, K)
     target = iou.argmax(axis=1)  # above 0.5 there is at most one
     best = iou[np.arange(len(iou)), target]  # (P,)
     small = area < MIN_PIXELS

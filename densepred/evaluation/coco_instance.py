@@ -11,10 +11,10 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from mmengine import dist
@@ -23,6 +23,7 @@ from mmengine.logging import MMLogger
 from torch import Tensor
 
 from densepred.data.dataset import resolve_data_root
+from densepred.evaluation.boundary import contours
 from densepred.evaluation.coco_results import (
     GEOMETRY,
     LineWriter,
@@ -37,13 +38,20 @@ from densepred.evaluation.table import text_table
 from densepred.registry import METRICS
 from densepred.structures import PanopticMap, require_fields
 
+if TYPE_CHECKING:
+    from pycocotools.cocoeval import COCOeval
+
 SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """The twelve numbers of the official summary, in its order."""
 PER_CLASS = SUMMARY[:9]
 
 
 def instance_ap(
-    truth: dict, results: list[dict], iou_type: str, image_ids: Iterable[int | str] | None = None
+    truth: dict,
+    results: list[dict],
+    iou_type: str,
+    image_ids: Iterable[int | str] | None = None,
+    boundary_ratio: float | None = None,
 ) -> dict[str, dict]:
     """Score detections by pycocotools.
 
@@ -53,6 +61,8 @@ def instance_ap(
             pixels); may be empty; changed by pycocotools.
         iou_type: ``segm`` or ``bbox``.
         image_ids: Images to look at; ``None``: all of the truth. Those without detections count.
+        boundary_ratio: Of masks, take the smaller of IoU and boundary IoU (Boundary AP), crowds excepted; contours as wide
+            as `densepred.evaluation.boundary.contour_width` says.
 
     Returns:
         ``stats``: the numbers of `SUMMARY`, 0..1, NaN where there is nothing to measure; ``per_category``: category id ->
@@ -72,6 +82,8 @@ def instance_ap(
         evaluation = COCOeval(gt, detections, iou_type)
         if image_ids is not None:
             evaluation.params.imgIds = sorted(image_ids)
+        if boundary_ratio is not None:
+            evaluation.computeIoU = partial(_boundary_ious, evaluation, evaluation.computeIoU, boundary_ratio)
         evaluation.evaluate()
         evaluation.accumulate()
     precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]  # (T, R, K, A, M), (T, K, A, M)
@@ -89,14 +101,18 @@ def instance_ap(
     }
 
 
-def evaluate_files(gt: str | Path, pred: str | Path, iou_type: str = "segm") -> dict[str, dict]:
+def evaluate_files(
+    gt: str | Path, pred: str | Path, iou_type: str = "segm", boundary_ratio: float | None = None
+) -> dict[str, dict]:
     """Score a result file; see `instance_ap`, `read_truth` and `read_results`."""
-    return _score_files(gt, pred, iou_type)[0]
+    return _score_files(gt, pred, iou_type, boundary_ratio)[0]
 
 
-def evaluate_and_print(gt: str, pred: str, iou_type: str = "segm", out: str | None = None) -> None:
+def evaluate_and_print(
+    gt: str, pred: str, iou_type: str = "segm", boundary_ratio: float | None = None, out: str | None = None
+) -> None:
     """Print the table of `evaluate_files` and write its figures as JSON to ``out`` (NaN becomes null)."""
-    record, names = _score_files(gt, pred, iou_type)
+    record, names = _score_files(gt, pred, iou_type, boundary_ratio)
     print(instance_table(record, names, iou_type))
     if out is not None:
         write_record(out, record)
@@ -272,13 +288,41 @@ class CocoInstance(BaseMetric):
         }
 
 
-def _score_files(gt: str | Path, pred: str | Path, iou_type: str) -> tuple[dict[str, dict], dict[int, str]]:
+def _score_files(
+    gt: str | Path, pred: str | Path, iou_type: str, boundary_ratio: float | None
+) -> tuple[dict[str, dict], dict[int, str]]:
     """Return the record of `instance_ap` and the class names by category id."""
     if iou_type not in GEOMETRY:
         raise ValueError(f"iou_type {iou_type!r}: choose one of {', '.join(GEOMETRY)}")
+    if boundary_ratio is not None and iou_type != "segm":
+        raise ValueError(
+            f"iou_type {iou_type!r} has no boundary IoU; leave out the boundary ratio, or score masks (segm)"
+        )
     truth = read_truth(gt, (iou_type,))
     names = {category["id"]: str(category.get("name", category["id"])) for category in truth["categories"]}
-    return instance_ap(truth, read_results(pred, truth, iou_type), iou_type), names
+    results = read_results(pred, truth, iou_type)
+    return instance_ap(truth, results, iou_type, boundary_ratio=boundary_ratio), names
+
+
+def _boundary_ious(
+    evaluation: "COCOeval", mask_ious: Callable, ratio: float, image_id: int | str, category_id: int
+) -> np.ndarray:
+    """Return what pycocotools' ``computeIoU`` does, (D, G), for the smaller of IoU and boundary IoU."""
+    from pycocotools import mask as mask_api
+
+    ious = mask_ious(image_id, category_id)
+    if not len(ious):
+        return ious
+    truth, found = evaluation._gts[image_id, category_id], evaluation._dts[image_id, category_id]
+    best = np.argsort([-detection["score"] for detection in found], kind="stable")[: len(ious)]
+    crowd = np.array([bool(record["iscrowd"]) for record in truth])  # a contour of a crowd means nothing
+
+    def edges(records: Iterable[Mapping]) -> list[dict]:
+        masks = (mask_api.decode(record["segmentation"]).astype(bool) for record in records)
+        return [mask_api.encode(np.asfortranarray(mask & contours(mask, ratio), np.uint8)) for mask in masks]
+
+    edge_ious = mask_api.iou(edges(found[n] for n in best), edges(truth), crowd)
+    return np.where(crowd, ious, np.minimum(ious, edge_ious))
 
 
 def _things(panoptic: PanopticMap, things: Sequence[bool]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

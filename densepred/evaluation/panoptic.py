@@ -16,6 +16,7 @@ from mmengine import dist
 from mmengine.evaluator import BaseMetric
 from mmengine.logging import MMLogger
 
+from densepred.evaluation.boundary import contours
 from densepred.evaluation.coco_format import PredictionWriter, read_id_map, read_json, records_by_key
 from densepred.evaluation.record import check_counted, write_record
 from densepred.evaluation.table import panoptic_table
@@ -33,6 +34,7 @@ def panoptic_counts(
     pred_segments: Sequence[Mapping],
     num_classes: int,
     gt_areas: Mapping[int, int] | None = None,
+    boundary_ratio: float | None = None,
 ) -> np.ndarray:
     """Count one image.
 
@@ -47,6 +49,8 @@ def panoptic_counts(
         pred_segments: Records (``id``, ``label``); exactly the segments that ``pred_ids`` shows.
         num_classes: C.
         gt_areas: True areas by segment number, where they are not to be counted (COCO's files state them).
+        boundary_ratio: Take the smaller of IoU and boundary IoU for a pair's IoU (Boundary PQ), contours as wide as
+            `densepred.evaluation.boundary.contour_width` says.
 
     Returns:
         (C, 4) float64: sum of IoU over matches, true positives, false positives, false negatives.
@@ -72,6 +76,8 @@ def panoptic_counts(
     candidate = (shared > 0) & (true_label[:, None] == pred_label) & ~crowd[:, None]
     t, p = np.nonzero(candidate)
     iou = shared[t, p] / (true_area[t] + pred_area[p] - shared[t, p] - on_void[p])
+    if boundary_ratio is not None:
+        iou = np.minimum(iou, _contour_iou(gt_ids, true_id, pred_ids, pred_id, boundary_ratio)[t, p])
     match = iou > 0.5
     t, p, iou = t[match], p[match], iou[match]
 
@@ -209,7 +215,12 @@ class PanopticQuality(BaseMetric):
 
 
 def evaluate_files(
-    gt_json: str | Path, gt_dir: str | Path, pred_json: str | Path, pred_dir: str | Path, num_workers: int = 0
+    gt_json: str | Path,
+    gt_dir: str | Path,
+    pred_json: str | Path,
+    pred_dir: str | Path,
+    num_workers: int = 0,
+    boundary_ratio: float | None = None,
 ) -> dict[str, Any]:
     """Score predictions in COCO's panoptic format; images of the prediction that the truth lacks are left out.
 
@@ -219,6 +230,7 @@ def evaluate_files(
         pred_json: Predictions: ``annotations``.
         pred_dir: Folder of their PNGs.
         num_workers: Processes besides this one; 0 = this one does the work.
+        boundary_ratio: Boundary PQ instead of PQ, see `panoptic_counts`; 0.02 for COCO, 0.005 for Cityscapes.
 
     Returns:
         As `panoptic_quality`, with ``per_class`` a dictionary by category id (a string).
@@ -240,17 +252,24 @@ def evaluate_files(
 
     labels = {number: label for label, number in enumerate(categories)}
     pairs = [(record, pred_images[image]) for image, record in true_images.items()]
-    count = partial(_count_files, gt_dir=Path(gt_dir), pred_dir=Path(pred_dir), labels=labels)
+    folders = dict(gt_dir=Path(gt_dir), pred_dir=Path(pred_dir))
+    count = partial(_count_files, **folders, labels=labels, boundary_ratio=boundary_ratio)
     counts = sum(_map(count, pairs, num_workers), np.zeros((len(labels), 4)))
     quality = panoptic_quality(counts, [bool(category["isthing"]) for category in categories.values()])
     return {**quality, "per_class": {str(number): quality["per_class"][label] for number, label in labels.items()}}
 
 
 def evaluate_and_print(
-    gt_json: str, gt_dir: str, pred_json: str, pred_dir: str, num_workers: int = 0, out: str | None = None
+    gt_json: str,
+    gt_dir: str,
+    pred_json: str,
+    pred_dir: str,
+    num_workers: int = 0,
+    boundary_ratio: float | None = None,
+    out: str | None = None,
 ) -> None:
     """Print the table of `evaluate_files` and write its figures as JSON to ``out`` (NaN becomes null)."""
-    record = evaluate_files(gt_json, gt_dir, pred_json, pred_dir, num_workers)
+    record = evaluate_files(gt_json, gt_dir, pred_json, pred_dir, num_workers, boundary_ratio)
     print(panoptic_table(record, category_names(gt_json)))
     if out is not None:
         write_record(out, record)
@@ -282,6 +301,18 @@ def _overlaps(
     pixels = np.bincount(row * shape[1] + column, lengths, shape[0] * shape[1])  # float64 is exact up to 2**53
     overlap = pixels.astype(np.int64).reshape(shape)
     return overlap, np.searchsorted(true_numbers, true_id), np.searchsorted(pred_numbers, pred_id)
+
+
+def _contour_iou(
+    gt_ids: np.ndarray, true_id: np.ndarray, pred_ids: np.ndarray, pred_id: np.ndarray, ratio: float
+) -> np.ndarray:
+    """Return the boundary IoU (G, P) of all pairs; as in the official tool the contours are drawn before void is left out."""
+    # -1, which no record has, stands for a segment's inside; void has none.
+    edges = [np.where(contours(ids, ratio) | (ids == 0), ids.astype(np.int64), -1) for ids in (gt_ids, pred_ids)]
+    overlap, rows, columns = _overlaps(edges[0], true_id, edges[1], pred_id)
+    shared = overlap[np.ix_(rows, columns)]  # (G, P)
+    union = overlap.sum(axis=1)[rows][:, None] + (overlap.sum(axis=0) - overlap[0])[columns] - shared
+    return np.divide(shared, union, out=np.zeros(shared.shape), where=union > 0)
 
 
 def _positions(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
@@ -333,7 +364,9 @@ def _forgiven(
     return ignored / pred_area > 0.5
 
 
-def _count_files(pair: tuple[dict, dict], gt_dir: Path, pred_dir: Path, labels: Mapping[int, int]) -> np.ndarray:
+def _count_files(
+    pair: tuple[dict, dict], gt_dir: Path, pred_dir: Path, labels: Mapping[int, int], boundary_ratio: float | None
+) -> np.ndarray:
     """Count one image (C, 4) from its two annotations."""
     truth, prediction = pair
     gt_path, pred_path = gt_dir / truth["file_name"], pred_dir / prediction["file_name"]
@@ -341,9 +374,8 @@ def _count_files(pair: tuple[dict, dict], gt_dir: Path, pred_dir: Path, labels: 
         true_segments = _labelled(truth["segments_info"], ("id", "category_id", "iscrowd", "area"), labels, "true")
         pred_segments = _labelled(prediction["segments_info"], ("id", "category_id"), labels, "predicted")
         areas = {segment["id"]: segment["area"] for segment in true_segments}
-        return panoptic_counts(
-            read_id_map(gt_path), true_segments, read_id_map(pred_path), pred_segments, len(labels), areas
-        )
+        maps = read_id_map(gt_path), true_segments, read_id_map(pred_path), pred_segments
+        return panoptic_counts(*maps, len(labels), areas, boundary_ratio)
     except ValueError as error:
         where = f"image_id {truth['image_id']!r} (truth {gt_path}, prediction {pred_path})"
         raise ValueError(f"{where}: {error}") from error
