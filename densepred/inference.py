@@ -76,9 +76,8 @@ def load_trained(model: Segmentor, checkpoint: PathLike) -> dict | None:
 
 def _classes_of(dataset: dict) -> dict:
     """Return the class table of a data set's config; its files are opened only where they hold the table."""
-    if dataset.get("classes_from_file"):
-        return DATASETS.build({**dataset, "pipeline": []}).metainfo
-    return DATASETS.get(dataset["type"]).METAINFO
+    in_file = bool(dataset.get("classes_from_file"))
+    return DATASETS.build({**dataset, "pipeline": [], "lazy_init": not in_file}).metainfo
 
 
 def predict_image(model: Segmentor, image: PathLike | np.ndarray) -> SegSample:
