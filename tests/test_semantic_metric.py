@@ -1,5 +1,6 @@
 """Semantic IoU: the official numbers, the borders of the counting, the metric, and folders of label maps."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 from mmengine.evaluator import Evaluator
 
+from densepred.data.cityscapes import CityscapesSemantic
 from densepred.evaluation import cityscapes_semantic
+from densepred.evaluation.cityscapes_semantic import CityscapesIoU
+from densepred.evaluation.confusion import row_shares, write_confusion
 from densepred.evaluation.semantic import SemanticIoU, confusion_matrix, semantic_quality
-from densepred.evaluation.semantic_files import evaluate_and_print, evaluate_files
+from densepred.evaluation.semantic_files import evaluate_and_print, evaluate_data_set, evaluate_files
 from densepred.evaluation.table import semantic_table
 from densepred.structures import PanopticMap, SegSample
 
@@ -125,24 +129,44 @@ def test_camvid(key, split, images, rule):
     assert_official(semantic_quality(total), expected[key])
 
 
-@needs_shared
-def test_binary_dice_of_the_foreground():
-    """ "foreground" in the case: counted over all images, as here."""
-    expected, data = official_case("binary_dice_rule")
-    total = np.zeros((2, 2), np.int64)
+def nuclei(data):
+    for name in (data / "dsb2018_nuclei" / "val.txt").read_text().split():
+        yield cv2.imread(str(data / "dsb2018_nuclei" / "instances" / "val" / f"{name}.png"), cv2.IMREAD_UNCHANGED)
+
+
+def membranes(data):
     for path in sorted((data / "isbi2012_membrane" / "labels").rglob("*.png")):
-        truth = (cv2.imread(str(path), cv2.IMREAD_UNCHANGED) > 0).astype(np.uint8)
-        total += confusion_matrix(truth, np.roll(truth, (1, 2), (0, 1)), 2)
-    foreground = semantic_quality(total)["per_class"][1]
-    assert total[1, 1] == expected["isbi2012"]["intersection"]
-    assert foreground["dice"] == pytest.approx(expected["isbi2012"]["foreground"]["Dice"], rel=1e-12)
-    assert foreground["iou"] == pytest.approx(expected["isbi2012"]["foreground"]["IoU"], rel=1e-12)
+        yield cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+
+
+@needs_shared
+@pytest.mark.parametrize("key, images, shift", [("dsb2018_val", nuclei, (2, -1)), ("isbi2012", membranes, (1, 2))])
+def test_binary_dice_of_the_foreground(key, images, shift):
+    """ "foreground" in the case: counted over all images, as here; its mean over images is another number."""
+    expected, data = official_case("binary_dice_rule")
+    metric = new_metric({"classes": ("background", "foreground")})
+    for stored in images(data):
+        truth = torch.from_numpy((stored > 0).astype(np.int64))
+        metric.process(None, [sample(np.roll(truth.numpy(), shift, (0, 1)), gt_semantic=truth).to_dict()])
+    found = metric.evaluate(expected[key]["images"])
+    foreground = metric.per_class["foreground"]
+    assert foreground["pixels"] == expected[key]["ground_truth"]
+    assert foreground["dice"] == pytest.approx(expected[key]["foreground"]["Dice"], rel=1e-12)
+    assert foreground["iou"] == pytest.approx(expected[key]["foreground"]["IoU"], rel=1e-12)
+    assert foreground["dice"] != pytest.approx(expected[key]["mean_over_images"]["Dice"], rel=1e-5)
+    assert found["mDice"] == 50 * (foreground["dice"] + metric.per_class["background"]["dice"])
 
 
 # The metric -----------------------------------------------------------------------------------------------------------
 
 
 META = dict(classes=("road", "car", "sky"), isthing=(False, True, False), category_ids=(7, 26, 23))
+
+
+def new_metric(meta=META, **options):
+    metric = SemanticIoU(**options)
+    metric.dataset_meta = meta
+    return metric
 
 
 def evaluate(samples, out_dir=None, meta=META):
@@ -155,7 +179,7 @@ def evaluate(samples, out_dir=None, meta=META):
 
 def sample(pred, name="a", **truth):
     metainfo = dict(img_path=f"images/{name}.jpg", img_id=name)
-    return SegSample(metainfo=metainfo, pred_semantic=torch.tensor(pred), **truth)
+    return SegSample(metainfo=metainfo, pred_semantic=torch.as_tensor(pred), **truth)
 
 
 def test_metric_of_both_kinds_of_truth():
@@ -170,6 +194,7 @@ def test_metric_of_both_kinds_of_truth():
     assert found["mAcc"] == pytest.approx(100 * (1 + 2 / 3 + 1) / 3)
     assert metric.per_class["car"]["pixels"] == 3 and metric.metrics_record()["mIoU"] == found["mIoU"] / 100
     assert "car" in semantic_table(metric.metrics_record())
+    assert found.keys() == {"mIoU", "mAcc", "aAcc", "mDice"}
 
 
 def test_metric_begins_anew_and_wants_every_image():
@@ -201,6 +226,108 @@ def test_two_images_of_one_name(tmp_path):
     pair[1].set_metainfo(dict(img_path="other/a.jpg"))
     with pytest.raises(ValueError, match=r"prediction of both images/a.jpg and other/a.jpg"):
         evaluate(pair, tmp_path)
+
+
+def random_samples(count=7):
+    """Return images of several sizes with void, true and predicted classes in blocks."""
+    rng, samples = np.random.default_rng(5), []
+    for number in range(count):
+        size = (24 + 5 * number, 31 + number)
+        gt, pred = (np.kron(rng.integers(0, 3, (12, 12)), np.ones((6, 6), int))[: size[0], : size[1]] for _ in range(2))
+        pred[: size[0] // 2] = np.roll(gt[: size[0] // 2], 1, 1)
+        gt[4:9, :20] = 255
+        samples.append(sample(pred, f"{number}", gt_semantic=torch.tensor(gt)))
+    return samples
+
+
+def brute_force(samples, ratio):
+    """Count all pixels of all images at once, class by class, contours by erosion mask by mask."""
+    cells = np.zeros((3, 3), np.int64)
+    edges = np.zeros((3, 2), np.int64)  # shared, in either
+    for one in samples:
+        gt, pred = one.gt_semantic.numpy(), one.pred_semantic.numpy()
+        cells += plain_matrix(gt, pred, 3)
+        width, known = max(1, round(ratio * np.hypot(*gt.shape))), gt != 255
+        for label in range(3):
+            contour = []
+            for mask in ((gt == label) & known, (pred == label) & known):
+                padded = np.pad(mask.astype(np.uint8), 1)
+                contour.append(mask & (cv2.erode(padded, np.ones((3, 3)), iterations=width)[1:-1, 1:-1] == 0))
+            edges[label] += np.sum(contour[0] & contour[1]), np.sum(contour[0] | contour[1])
+    iou = cells.diagonal() / (cells.sum(0) + cells.sum(1) - cells.diagonal())
+    return cells, {"mIoU": 100 * iou.mean(), "mBIoU": 100 * (edges[:, 0] / edges[:, 1]).mean()}
+
+
+def test_streaming_equals_brute_force(tmp_path):
+    samples = random_samples()
+    cells, expected = brute_force(samples, 0.05)
+    metric = new_metric(boundary_ratio=0.05, confusion_dir=str(tmp_path))
+    for begin in range(0, len(samples), 2):
+        metric.process(None, [one.to_dict() for one in samples[begin : begin + 2]])
+    found = metric.evaluate(len(samples))
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+    assert found["mBIoU"] < found["mIoU"] and "Boundary IoU" in semantic_table(metric.metrics_record())
+    rows = list(csv.reader((tmp_path / "confusion.csv").open()))
+    assert rows[0][1:] == list(META["classes"]) == [row[0] for row in rows[1:]]
+    np.testing.assert_array_equal([[int(cell) for cell in row[1:]] for row in rows[1:]], cells)
+    assert cv2.imread(str(tmp_path / "confusion.png")).std() > 10
+    with pytest.raises(ValueError, match="boundary ratio of 5"):
+        SemanticIoU(boundary_ratio=5)
+
+
+def evaluate_a_share(rank: int, folder: str) -> None:
+    """Run one of two processes with an uneven split; in the second evaluation one of them has nothing."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    samples = [one.to_dict() for one in random_samples()]
+    metric = new_metric(boundary_ratio=0.05, confusion_dir=f"{folder}/confusion")
+    metric.process(None, samples[rank::2])
+    metrics = [metric.evaluate(len(samples))]
+    metric.process(None, samples if rank else [])
+    metrics.append(metric.evaluate(len(samples)))
+    cityscapes, frames = CityscapesIoU(str(CITYSCAPES_TRUTH.parent)), cityscapes_samples()
+    cityscapes.dataset_meta = CITYSCAPES_META
+    cityscapes.process(None, [one.to_dict() for one in (frames[3:] if rank else frames[:3])])
+    metrics.append(cityscapes.evaluate(len(frames)))
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(metrics))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_sum_up(tmp_path):
+    torch.multiprocessing.spawn(evaluate_a_share, (str(tmp_path),), nprocs=2)
+    metric, samples = new_metric(boundary_ratio=0.05), random_samples()
+    metric.process(None, [one.to_dict() for one in samples])
+    alone = metric.evaluate(len(samples))
+    expected = json.loads((METRICS / "cityscapes_semantic" / "expected.json").read_text())
+    for rank in (0, 1):
+        first, second, cityscapes = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert first == second == alone  # to the last bit: only integers are summed
+        assert cityscapes["miIoU"] == pytest.approx(100 * expected["averageScoreInstClasses"], rel=1e-12)
+    assert len(list(csv.reader((tmp_path / "confusion" / "confusion.csv").open()))) == 4
+
+
+def test_nothing_to_measure_is_nan_and_said():
+    void = sample([[0, 1]], gt_semantic=torch.tensor([[255, 255]]))
+    metric, found = evaluate([void])
+    assert all(np.isnan(value) for value in found.values())
+    assert "every true pixel is ignored" in semantic_table(metric.metrics_record())
+    metric, found = evaluate([void, sample([[0, 0]], "b", gt_semantic=torch.tensor([[0, 0]]))])
+    assert found["mIoU"] == found["aAcc"] == 100 and np.isnan(metric.per_class["sky"]["iou"])
+    assert "2 classes are in neither truth nor prediction" in semantic_table(metric.metrics_record())
+
+
+@pytest.mark.parametrize("columns", [2, 3])
+def test_confusion_as_files(tmp_path, columns):
+    cells = np.array([[3, 1, 2], [0, 0, 0]])[:, :columns]
+    for name in ("new/a.csv", "b.PNG"):
+        write_confusion(tmp_path / name, cells, ["one, two", "three"])
+    rows = list(csv.reader((tmp_path / "new" / "a.csv").open()))
+    assert rows[0][1:] == ["one, two", "three", "(no class)"][:columns] and rows[1][1:] == ["3", "1", "2"][:columns]
+    assert cv2.imread(str(tmp_path / "b.PNG")) is not None
+    np.testing.assert_array_equal(np.isnan(row_shares(cells)), [[False] * columns, [True] * columns])
+    assert row_shares(cells)[0].sum() == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"a.jpg: a confusion matrix is written as .csv or .png"):
+        write_confusion(tmp_path / "a.jpg", cells, ["a", "b"])
 
 
 # Folders --------------------------------------------------------------------------------------------------------------
@@ -275,6 +402,56 @@ def test_cityscapes_on_real_frames():
         total += cityscapes_semantic.frame_counts(truth, np.where(coarse >= 1000, coarse // 1000, coarse))
     np.testing.assert_array_equal(total[0], expected["semantic"]["confMatrix"])
     assert_cityscapes(cityscapes_semantic.cityscapes_quality(total), expected["semantic"])
+
+
+CITYSCAPES_META = CityscapesSemantic.METAINFO
+
+
+def cityscapes_samples():
+    """Return the fixture's frames as samples of 19 classes; ids that the benchmark ignores become road."""
+    table = np.zeros(256, np.int64)
+    table[list(CITYSCAPES_META["category_ids"])] = range(19)
+    paths = sorted(CITYSCAPES_PRED.glob("*.png"))
+    return [sample(table[cv2.imread(str(path), cv2.IMREAD_UNCHANGED)], f"{path.stem}_leftImg8bit") for path in paths]
+
+
+def test_cityscapes_metric(tmp_path):
+    """Equal to the files it stands for; SemanticIoU writes them and says the same mIoU."""
+    samples = cityscapes_samples()
+    truth = {one.img_id.removesuffix("_leftImg8bit"): None for one in samples}
+    table = CityscapesSemantic.COMMON["semantic_table"]
+    for path in CITYSCAPES_TRUTH.rglob("*_instanceIds.png"):
+        ids = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        truth[path.name.removesuffix("_gtFine_instanceIds.png")] = table[np.where(ids < 1000, ids, ids // 1000)]
+    for one in samples:
+        one.gt_semantic = torch.from_numpy(truth[one.img_id.removesuffix("_leftImg8bit")].astype(np.int64))
+    evaluator = Evaluator([SemanticIoU(out_dir=str(tmp_path)), CityscapesIoU(str(CITYSCAPES_TRUTH.parent))])
+    evaluator.dataset_meta = CITYSCAPES_META
+    evaluator.process(samples)
+    found = evaluator.evaluate(len(samples))
+    record = cityscapes_semantic.evaluate_files(CITYSCAPES_TRUTH, tmp_path)
+    assert {name: found[name] / 100 for name in ("mIoU", "miIoU", "mIoU_cat", "miIoU_cat")} == pytest.approx(
+        {name: record[name] for name in ("mIoU", "miIoU", "mIoU_cat", "miIoU_cat")}, rel=1e-12
+    )
+    metric = evaluator.metrics[1]
+    assert metric.per_class["car"] == record["classes"]["car"] and metric.metrics_record()["categories"]
+    by_name = evaluate_data_set(CITYSCAPES_TRUTH, tmp_path, "cityscapes")
+    assert by_name["mIoU"] == pytest.approx(record["mIoU"], rel=1e-12)
+
+
+def test_cityscapes_metric_counts_frames_of_cityscapes():
+    with pytest.raises(FileNotFoundError, match=r"CityscapesIoU: .*train does not exist"):
+        CityscapesIoU(str(CITYSCAPES_TRUTH.parent), "train")
+    metric, one = CityscapesIoU(str(CITYSCAPES_TRUTH.parent)), cityscapes_samples()[0]
+    metric.dataset_meta = CITYSCAPES_META
+    with pytest.raises(ValueError, match="counted 0 images of a data set of 1"):
+        metric.evaluate(1)
+    one.pred_semantic[0, 0] = 19
+    with pytest.raises(ValueError, match=r"leftImg8bit.jpg: predicted classes outside 0..18"):
+        metric.process(None, [one.to_dict()])
+    metric.dataset_meta = {**CITYSCAPES_META, "category_ids": range(19)}
+    with pytest.raises(ValueError, match=r"are not Cityscapes' 7..33"):
+        metric.process(None, [one.to_dict()])
 
 
 def test_cityscapes_folders_that_do_not_fit(tmp_path):

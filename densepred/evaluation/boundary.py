@@ -16,6 +16,8 @@ from densepred.structures import IGNORE_INDEX
 COCO_RATIO = 0.02
 """Width of the contour over the image's diagonal, for COCO and in general."""
 CITYSCAPES_RATIO = 0.005
+SQUARE = np.ones((3, 3), np.uint8)
+"""Of neighbours; OpenCV joins many passes with it into one separable filter."""
 SHARED, TRUE, FOUND = range(3)
 """Columns of the counts."""
 
@@ -41,7 +43,7 @@ def contours(labels: np.ndarray, ratio: float) -> np.ndarray:
     """Return the pixels (H, W) bool that lie on the contour of their own region.
 
     Args:
-        labels: (H, W) bool or integers below 2**53 in size; equal values are one region.
+        labels: (H, W) integers below 2**53 in size; equal values are one region.
         ratio: Width of the contour, see `contour_width`.
     """
     width = contour_width(labels.shape, ratio)
@@ -49,10 +51,23 @@ def contours(labels: np.ndarray, ratio: float) -> np.ndarray:
     if min(labels.shape) <= 2 * width:  # the image's border reaches everywhere
         return found
     fast = _filterable(labels)
-    square = np.ones((3, 3), np.uint8)  # OpenCV joins the iterations into one separable filter
-    edge = cv2.erode(fast, square, iterations=width) != cv2.dilate(fast, square, iterations=width)
+    edge = cv2.erode(fast, SQUARE, iterations=width) != cv2.dilate(fast, SQUARE, iterations=width)
     inner = (slice(width, -width), slice(width, -width))
     found[inner] = edge[inner]
+    return found
+
+
+def mask_contour(mask: np.ndarray, ratio: float) -> np.ndarray:
+    """Return the contour (H, W) bool of one mask (H, W) bool; looks at its bounding box only."""
+    width = contour_width(mask.shape, ratio)
+    found = np.zeros(mask.shape, bool)
+    if not mask.any():
+        return found
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    part = np.ascontiguousarray(mask[box]).view(np.uint8)
+    outside = dict(borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    found[box] = part > cv2.erode(part, SQUARE, iterations=width, **outside)
     return found
 
 
@@ -93,8 +108,6 @@ def boundary_iou(counts: np.ndarray) -> np.ndarray:
 
 def _filterable(labels: np.ndarray) -> np.ndarray:
     """Return the labels in a type that OpenCV filters, values kept."""
-    if labels.dtype == bool:
-        return labels.view(np.uint8)
     if labels.dtype in (np.uint8, np.uint16):
         return labels
     return labels.astype(np.uint16 if labels.min() >= 0 and labels.max() < 1 << 16 else np.float64)

@@ -23,7 +23,7 @@ from mmengine.logging import MMLogger
 from PIL import Image
 
 from densepred.data.dataset import resolve_data_root
-from densepred.evaluation.boundary import contours
+from densepred.evaluation.boundary import contours, mask_contour
 from densepred.evaluation.record import check_counted, write_record
 from densepred.evaluation.table import text_table
 from densepred.registry import METRICS
@@ -100,7 +100,7 @@ def frame_counts(
         label_ids.append(label_id)
         scores.append(score)
         if edges is not None:
-            edge = mask & contours(mask, boundary_ratio)
+            edge = mask_contour(mask, boundary_ratio)
             edge_shared.append(np.bincount(index[edge & edges], minlength=len(numbers)))
             edge_pixels.append(np.count_nonzero(edge))
 

@@ -23,7 +23,7 @@ from mmengine.logging import MMLogger
 from torch import Tensor
 
 from densepred.data.dataset import resolve_data_root
-from densepred.evaluation.boundary import contours
+from densepred.evaluation.boundary import mask_contour
 from densepred.evaluation.coco_results import (
     GEOMETRY,
     LineWriter,
@@ -319,7 +319,7 @@ def _boundary_ious(
 
     def edges(records: Iterable[Mapping]) -> list[dict]:
         masks = (mask_api.decode(record["segmentation"]).astype(bool) for record in records)
-        return [mask_api.encode(np.asfortranarray(mask & contours(mask, ratio), np.uint8)) for mask in masks]
+        return [mask_api.encode(np.asfortranarray(mask_contour(mask, ratio), np.uint8)) for mask in masks]
 
     edge_ious = mask_api.iou(edges(found[n] for n in best), edges(truth), crowd)
     return np.where(crowd, ious, np.minimum(ious, edge_ious))
