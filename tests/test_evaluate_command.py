@@ -1,5 +1,7 @@
-"""Scoring of COCO panoptic files: the command, bad files, the pool, the benchmark."""
+"""Scoring of files: the command, bad files; of COCO's panoptic format also the pool and the benchmark."""
 
+import argparse
+import csv
 import json
 import os
 import shutil
@@ -11,16 +13,20 @@ import cv2
 import numpy as np
 import pytest
 
+import densepred_cli
+from densepred.data.files import listed_names
 from densepred.evaluation.benchmark import benchmark_eval, measure_eval, write_synthetic
 from densepred.evaluation.coco_format import read_id_map, write_id_map
 from densepred.evaluation.panoptic import evaluate_and_print, evaluate_files
-from tests.test_panoptic_quality import assert_record_equal, fixture_case
+from densepred.evaluation.semantic_files import DATA_SETS, evaluate_data_set
+from tests.test_panoptic_quality import METRICS, assert_record_equal, fixture_case, needs_shared
+from tests.test_semantic_metric import assert_official, camvid_noisy, official_case
 
 ROOT = Path(__file__).parents[1]
 
 
 def run_command(*args: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/evaluate.py", "panoptic", *map(str, args)]
+    command = [sys.executable, "tools/evaluate.py", *map(str, args)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -35,7 +41,8 @@ def case(tmp_path) -> dict[str, Path]:
 def test_command_writes_the_official_numbers(tmp_path):
     (gt_json, gt_dir, pred_json, pred_dir), expected = fixture_case("panoptic_synthetic", "gt", "pred")
     out = tmp_path / "new" / "metrics.json"
-    done = run_command("--gt", gt_json, "--gt-dir", gt_dir, "--pred", pred_json, "--pred-dir", pred_dir, "--out", out)
+    files = ("--gt", gt_json, "--gt-dir", gt_dir, "--pred", pred_json, "--pred-dir", pred_dir)
+    done = run_command("panoptic", *files, "--out", out)
     assert done.returncode == 0, done.stderr
     assert_record_equal(json.loads(out.read_text()), expected)
     assert "thing44" in done.stdout and "44.95" in done.stdout
@@ -43,9 +50,8 @@ def test_command_writes_the_official_numbers(tmp_path):
 
 def test_command_fails_with_one_message(case):
     (case["pred_dir"] / "1.png").unlink()
-    done = run_command(
-        "--gt", case["gt_json"], "--gt-dir", case["gt_dir"], "--pred", case["pred_json"], "--pred-dir", case["pred_dir"]
-    )
+    files = ("--gt", case["gt_json"], "--gt-dir", case["gt_dir"], "--pred", case["pred_json"])
+    done = run_command("panoptic", *files, "--pred-dir", case["pred_dir"])
     assert done.returncode != 0
     assert f"{case['pred_dir'] / '1.png'}: no such panoptic PNG" in done.stderr
     assert "Traceback (most recent call last)" not in done.stderr
@@ -168,3 +174,151 @@ def test_benchmark_prints_ratios_of_given_files():
     assert lines[1].startswith("from files") and lines[2].startswith("from maps in memory")
     with pytest.raises(ValueError, match="give all of"):
         benchmark_eval(paths[0])
+
+
+# Label maps -----------------------------------------------------------------------------------------------------------
+
+
+def write_map(path: Path, labels: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), np.array(labels, np.uint8))
+
+
+@pytest.fixture
+def maps(tmp_path) -> tuple[Path, Path]:
+    """CamVid's labels (11 = void) of two images, and predictions of its classes."""
+    for name, true, found in (("a", [[0, 0], [11, 4]], [[0, 1], [2, 4]]), ("b", [[4, 4, 11]], [[4, 10, 0]])):
+        write_map(tmp_path / "gt" / f"{name}.png", true)
+        write_map(tmp_path / "pred" / f"{name}.png", found)
+    return tmp_path / "gt", tmp_path / "pred"
+
+
+def evaluate_semantic(*args: object) -> None:
+    """Run the command without a process of its own."""
+    parser = argparse.ArgumentParser()
+    densepred_cli.add_evaluate(parser)
+    densepred_cli.run_evaluate(parser.parse_args(["semantic", *map(str, args)]))
+
+
+def test_command_scores_a_known_set_by_name(maps, tmp_path):
+    out, table = tmp_path / "figures.json", tmp_path / "confusion.csv"
+    files = ("--gt", maps[0], "--pred", maps[1], "--out", out, "--confusion", table)
+    done = run_command("semantic", *files, "--dataset", "camvid", "--boundary-ratio", 0.02)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert list(record["per_class"]) == list(DATA_SETS["camvid"].METAINFO["classes"])
+    assert record["per_class"]["sky"]["iou"] == 0.5 and record["per_class"]["pavement"]["iou"] == pytest.approx(2 / 3)
+    assert record["per_class"]["car"]["iou"] is None and record["aAcc"] == 0.6 and record["mBIoU"] > 0
+    assert "pavement" in done.stdout and "Boundary IoU" in done.stdout and str(table) in done.stdout
+    rows = list(csv.reader(table.open()))
+    assert rows[1][:3] == ["sky", "1", "1"] and record["confusion"][0][:2] == [1, 1]
+
+
+def test_a_set_by_its_number_of_classes_says_the_same(maps, capsys):
+    evaluate_semantic("--gt", maps[0], "--pred", maps[1], "--num-classes", 11, "--ignore-index", 11)
+    lines = capsys.readouterr().out
+    evaluate_semantic("--gt", maps[0], "--pred", maps[1], "--dataset", "camvid")
+    named = capsys.readouterr().out
+    mean = [next(line for line in text.splitlines() if "mean" in line) for text in (lines, named)]
+    assert mean[0].split() == mean[1].split() and "29.17" in mean[0]
+
+
+def test_command_offers_the_sets_that_are_known():
+    parser = argparse.ArgumentParser()
+    densepred_cli.add_evaluate(parser)
+    tasks = next(action for action in parser._actions if action.dest == "task")
+    option = next(action for action in tasks.choices["semantic"]._actions if action.dest == "dataset")
+    assert option.choices == tuple(DATA_SETS)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ((), r"give --num-classes N, or --dataset, one of ade20k, camvid"),
+        (("--dataset", "camvid", "--num-classes", 11), "leave out --num-classes"),
+        (("--num-classes", 0), "0 classes"),
+        (("--num-classes", 11), r"a.png \(truth .*gt/a.png\): true labels 11 \(1 pixels\) .*is ignore_index=255 right"),
+        (("--dataset", "isbi2012"), r"gt/a.png holds the labels 4 \(1 pixels\), 11 \(1 pixels\)"),
+        (("--dataset", "camvid", "--boundary-ratio", 2), "boundary ratio of 2.0"),
+        (("--dataset", "camvid", "--confusion", "c.txt"), "c.txt: a confusion matrix is written as .csv or .png"),
+    ],
+)
+def test_options_that_do_not_fit(maps, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_semantic("--gt", maps[0], "--pred", maps[1], *options)
+
+
+WRONG_PREDICTIONS = {
+    "missing": (None, FileNotFoundError, r"1 of 2 predictions are missing, the first is .*pred/b.png"),
+    "another size": ([[4, 4], [0, 0]], ValueError, r"pred/b.png .*prediction is 2x2 pixels and the ground truth 1x3"),
+    "void": ([[255, 255, 4]], ValueError, r"pred/b.png .*predicted labels 255 \(2 pixels\) are outside 0..10"),
+    "colours": ([[[9, 8, 7]] * 3], ValueError, r"pred/b.png has mode RGB; .*write it again with one channel"),
+    "grey as colours": ([[[4, 4, 4]] * 3], ValueError, r"pred/b.png has mode RGB; .*keep one of them"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PREDICTIONS)
+def test_wrong_predictions_are_named(maps, name):
+    labels, kind, message = WRONG_PREDICTIONS[name]
+    (maps[1] / "b.png").unlink()
+    if labels is not None:
+        write_map(maps[1] / "b.png", labels)
+    with pytest.raises(kind, match=message):
+        evaluate_semantic("--gt", maps[0], "--pred", maps[1], "--dataset", "camvid")
+
+
+def test_all_pixels_ignored_is_said(tmp_path, capsys):
+    write_map(tmp_path / "gt" / "a.png", [[11, 11]])
+    write_map(tmp_path / "pred" / "a.png", [[0, 1]])
+    out = tmp_path / "figures.json"
+    evaluate_semantic("--gt", tmp_path / "gt", "--pred", tmp_path / "pred", "--dataset", "camvid", "--out", out)
+    assert "every true pixel is ignored" in capsys.readouterr().out
+    assert json.loads(out.read_text())["mIoU"] is None
+
+
+def test_cityscapes_is_scored_in_label_ids(tmp_path):
+    """Predicted ids that the benchmark ignores are misses: the official mIoU."""
+    truth, found = METRICS / "cityscapes_instance" / "gtFine", METRICS / "cityscapes_semantic" / "pred_semantic"
+    expected = json.loads((METRICS / "cityscapes_semantic" / "expected.json").read_text())
+    record = evaluate_data_set(truth, found, "cityscapes", 0.005)
+    assert record["mIoU"] == pytest.approx(expected["averageScoreClasses"], rel=1e-12)
+    assert {name: values["iou"] for name, values in record["per_class"].items()} == pytest.approx(
+        expected["classScores"], rel=1e-12
+    )
+    cells = np.array(record["confusion"])
+    ids = list(DATA_SETS["cityscapes"].METAINFO["category_ids"])
+    official = np.array(expected["confMatrix"])[ids]
+    np.testing.assert_array_equal(cells[:, :19], official[:, ids])
+    np.testing.assert_array_equal(cells[:, 19], official.sum(1) - official[:, ids].sum(1))
+    assert 0 < record["mBIoU"] < record["mIoU"]
+    for path in found.glob("*.png"):
+        write_map(tmp_path / path.name, np.full((128, 256), 255))
+    with pytest.raises(
+        ValueError, match=r"holds the labels 255 \(32768 pixels\).*write label ids \(7..33\), no train ids"
+    ):
+        evaluate_data_set(truth, tmp_path, "cityscapes")
+    with pytest.raises(ValueError, match="'cityscape' is not known; did you mean 'cityscapes'"):
+        evaluate_data_set(truth, tmp_path, "cityscape")
+
+
+@needs_shared
+def test_camvid_from_files(tmp_path):
+    expected, data = official_case("camvid_val_rule")
+    truth = data / "camvid" / "labels" / "val"
+    for i, name in enumerate(listed_names(str(data / "camvid" / "val.txt"))):
+        labels = cv2.imread(str(truth / f"{name}.png"), cv2.IMREAD_UNCHANGED)
+        write_map(tmp_path / f"{name}.png", camvid_noisy(labels, i))
+    record = evaluate_data_set(truth, tmp_path, "camvid")
+    assert record["confusion"] == expected["noisy"]["confusion"]
+    assert_official({**record, "per_class": list(record["per_class"].values())}, expected["noisy"])
+
+
+@needs_shared
+def test_nuclei_from_files(tmp_path):
+    expected, data = official_case("binary_dice_rule")
+    truth = data / "dsb2018_nuclei" / "instances" / "val"
+    for path in truth.glob("*.png"):
+        write_map(tmp_path / path.name, np.roll(cv2.imread(str(path), cv2.IMREAD_UNCHANGED) > 0, (2, -1), (0, 1)))
+    nucleus = evaluate_data_set(truth, tmp_path, "dsb2018")["per_class"]["nucleus"]
+    assert nucleus["dice"] == pytest.approx(expected["dsb2018_val"]["foreground"]["Dice"], rel=1e-12)
+    assert nucleus["iou"] == pytest.approx(expected["dsb2018_val"]["foreground"]["IoU"], rel=1e-12)

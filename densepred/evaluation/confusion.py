@@ -25,14 +25,16 @@ def write_confusion(path: str | Path, confusion: np.ndarray, names: Sequence[str
         ValueError: The ending is another one.
     """
     path = Path(path)
-    writers = {".csv": _write_csv, ".png": _write_png}
-    if path.suffix.lower() not in writers:
-        raise ValueError(
-            f"{path}: a confusion matrix is written as {' or '.join(writers)}; give a name with that ending"
-        )
+    require_ending(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = [*names, NO_CLASS][: confusion.shape[1]]
-    writers[path.suffix.lower()](path, confusion, names, columns)
+    write = _write_csv if path.suffix.lower() == ".csv" else _write_png
+    write(path, confusion, names, [*names, NO_CLASS][: confusion.shape[1]])
+
+
+def require_ending(path: str | Path) -> None:
+    """Raise ``ValueError`` unless `write_confusion` knows the file's ending."""
+    if Path(path).suffix.lower() not in (".csv", ".png"):
+        raise ValueError(f"{path}: a confusion matrix is written as .csv or .png; give a name with that ending")
 
 
 def row_shares(confusion: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from densepred.errors import nearest
 from densepred.evaluation.boundary import boundary_counts, contour_width
 from densepred.evaluation.cityscapes_instance import read_instance_ids
 from densepred.evaluation.cityscapes_semantic import pair_frames
-from densepred.evaluation.confusion import write_confusion
+from densepred.evaluation.confusion import require_ending, write_confusion
 from densepred.evaluation.record import write_record
 from densepred.evaluation.semantic import confusion_matrix, semantic_quality
 from densepred.evaluation.table import semantic_table
@@ -135,6 +135,8 @@ def evaluate_and_print(
         confusion: Where the confusion matrix goes, ``.csv`` or ``.png``.
         out: Where the figures go as JSON (NaN becomes null).
     """
+    if confusion is not None:
+        require_ending(confusion)
     if data_set is not None:
         if num_classes is not None or ignore_index is not None or reduce_zero_label:
             raise ValueError(
