@@ -128,6 +128,7 @@ class Segmentor(BaseModel):
         """Return the prediction for one image (1, 3, H, W) from scaled and mirrored copies."""
         height, width = meta["img_shape"]
         ori_shape = meta["ori_shape"]
-        scores = augmented_probabilities(self._class_logits, image[..., :height, :width], ori_shape, **self.tta)
+        image, align_corners = image[..., :height, :width], self.head.align_corners
+        scores = augmented_probabilities(self._class_logits, image, ori_shape, **self.tta, align_corners=align_corners)
         finished = dict(meta, img_shape=ori_shape, pad_shape=ori_shape)  # nothing is left to resize
         return self.head.predict({"sem_logits": scores}, [finished])[0]

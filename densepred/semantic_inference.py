@@ -47,7 +47,12 @@ def slide(logits_of: LogitsOf, images: Tensor, size: Sequence[int], stride: Sequ
 
 
 def augmented_probabilities(
-    logits_of: LogitsOf, image: Tensor, ori_shape: Sequence[int], scales: Sequence[float], flip: bool
+    logits_of: LogitsOf,
+    image: Tensor,
+    ori_shape: Sequence[int],
+    scales: Sequence[float],
+    flip: bool,
+    align_corners: bool = False,
 ) -> Tensor:
     """Return class probabilities (1, C, H, W) at the file's size: the mean over scaled and mirrored copies of an image.
 
@@ -60,6 +65,7 @@ def augmented_probabilities(
         ori_shape: (H, W) of the file.
         scales: factors on h and w.
         flip: also mirror each copy left to right.
+        align_corners: of the logits' resize to the file.
     """
     total, copies = 0.0, 0
     for scale in scales:
@@ -67,7 +73,8 @@ def augmented_probabilities(
         scaled = F.interpolate(image, size, mode="bilinear", align_corners=False)
         for mirrored in (False, True)[: 1 + flip]:
             logits = logits_of(scaled.flip(-1)).flip(-1) if mirrored else logits_of(scaled)
-            total = total + F.interpolate(logits, tuple(ori_shape), mode="bilinear", align_corners=False).softmax(1)
+            logits = F.interpolate(logits, tuple(ori_shape), mode="bilinear", align_corners=align_corners)
+            total = total + logits.softmax(1)
             copies += 1
     return total / copies  # (1, C, H, W)
 

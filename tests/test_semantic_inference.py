@@ -57,10 +57,10 @@ def test_sliding_is_the_mean_over_the_windows_of_each_pixel(logits_of, shape):
     assert torch.allclose(found, expected, atol=1e-13)
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_augmentation_is_the_mean_of_probabilities_at_the_files_size(logits_of, flip):
+@pytest.mark.parametrize("flip,align_corners", [(False, False), (True, False), (True, True)])
+def test_augmentation_is_the_mean_of_probabilities_at_the_files_size(logits_of, flip, align_corners):
     image = torch.randn(1, 3, 15, 22, dtype=torch.float64)
-    found = augmented_probabilities(logits_of, image, (31, 45), (0.5, 1.0, 1.3), flip)
+    found = augmented_probabilities(logits_of, image, (31, 45), (0.5, 1.0, 1.3), flip, align_corners)
     copies = []
     for size in ((8, 11), (15, 22), (20, 29)):  # 7.5 rounds up
         scaled = F.interpolate(image, size, mode="bilinear")
@@ -68,7 +68,7 @@ def test_augmentation_is_the_mean_of_probabilities_at_the_files_size(logits_of, 
         for copy, mirrored in pairs:
             logits = logits_of(copy)
             logits = torch.flip(logits, (3,)) if mirrored else logits
-            copies.append(F.interpolate(logits, (31, 45), mode="bilinear").exp())
+            copies.append(F.interpolate(logits, (31, 45), mode="bilinear", align_corners=align_corners).exp())
     expected = sum(copy / copy.sum(1, keepdim=True) for copy in copies) / len(copies)
     assert torch.allclose(found, expected, atol=1e-13)
     assert torch.allclose(found.sum(1), torch.ones(1, 31, 45, dtype=torch.float64))

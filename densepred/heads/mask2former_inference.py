@@ -1,16 +1,13 @@
 """Post-processing of Mask2Former: from class and mask logits to panoptic, semantic and instance results.
 
 Cheng et al. (CVPR 2022); the numbers are those of github.com/facebookresearch/Mask2Former (commit 9b0651c), but for the
-boxes of the instances, which are zeros there. Mask logits are resized to the padded input, cropped to the image and
-resized to the file, both times bilinearly without aligned corners; both steps together are one weighted sum of a few
-rows, then of a few columns, of the head's map. That sum is taken for a band of the file's rows at a time, of the queries
-that matter only, so that no full-size map of logits ever exists.
+boxes of the instances, which are zeros there. Mask logits go to the file's size band by band (see `resizing`), of the queries
+that matter only.
 
 Letters: Q queries, K those that matter, C classes, h w the head's map, H W the file's size, n the rows of a band.
 """
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,69 +16,13 @@ from torch import Tensor
 
 from densepred.decoders.kmax import upcast
 from densepred.heads.kmax_inference import mask_boxes
+from densepred.heads.resizing import Size, linear_taps, logit_bands, resize_to_file, resized, row_bands, swapped
 from densepred.structures import PanopticMap
 
-BAND_BYTES = 64 << 20
-"""What all temporary tensors of a band may take together on an accelerator (at least one row is done at a time)."""
-CPU_BAND_BYTES = 24 << 20
-"""The same on the CPU, where a band that stays in the cache is up to twice as fast."""
 EPSILON = 1e-6
 """Guard of an instance's mean mask probability."""
 CLASS_MULTIPLE = 16
 """The matrix product is faster with rows of a multiple of this many classes; those added have probability 0."""
-
-Size = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Taps:
-    """A resize along one axis: output i is the sum of ``weights[i, t] * input[indices[i, t]]`` over t.
-
-    Attributes:
-        indices: (n_out, T) int64.
-        weights: (n_out, T), each row sums to 1.
-    """
-
-    indices: Tensor
-    weights: Tensor
-
-    def __getitem__(self, outputs: slice) -> "Taps":
-        return Taps(self.indices[outputs], self.weights[outputs])
-
-    def then(self, second: "Taps") -> "Taps":
-        """Return both resizes as one; the second may read the first's beginning only (a crop)."""
-        weights = second.weights[:, :, None] * self.weights[second.indices]  # (n_out, T2, T1)
-        return Taps(self.indices[second.indices].flatten(1), weights.flatten(1))
-
-    def narrowed(self) -> tuple[slice, "Taps"]:
-        """Return the inputs that are needed, and the resize that reads from those alone."""
-        first, last = int(self.indices.min()), int(self.indices.max())
-        return slice(first, last + 1), Taps(self.indices - first, self.weights)
-
-    def on(self, tensor: Tensor) -> "Taps":
-        """Return the resize on a tensor's device and in its type."""
-        device = tensor.device
-        return Taps(
-            self.indices.to(device, non_blocking=True), self.weights.to(device, tensor.dtype, non_blocking=True)
-        )
-
-    def apply(self, x: Tensor) -> Tensor:
-        """Resize the first axis of (n_in, A, B), contiguous, to (n_out, A, B)."""
-        # An embedding bag is a weighted sum of rows in one pass over memory, 4 times faster than gathering and adding.
-        flat = F.embedding_bag(self.indices, x.flatten(1), per_sample_weights=self.weights, mode="sum")
-        return flat.view(-1, *x.shape[1:])
-
-
-def bilinear_taps(n_in: int, n_out: int) -> Taps:
-    """Return the linear resize of one axis, corners not aligned, in float64 on the CPU."""
-    if n_in == n_out:
-        return Taps(torch.arange(n_in)[:, None], torch.ones(n_in, 1, dtype=torch.float64))
-    centres = (torch.arange(n_out, dtype=torch.float64) + 0.5) * (n_in / n_out) - 0.5
-    centres = centres.clamp(min=0)
-    low = centres.long().clamp(max=n_in - 1)
-    high = (low + 1).clamp(max=n_in - 1)
-    weight = centres - low
-    return Taps(torch.stack([low, high], 1), torch.stack([1 - weight, weight], 1))
 
 
 @torch.no_grad()
@@ -126,11 +67,11 @@ def panoptic_inference(
         dict(label=label, isthing=label in things, iscrowd=False, score=score)
         for label, score in zip(labels, scores.tolist(), strict=True)
     ]
-    rows, columns = _taps(mask_logits, pad_shape, img_shape, ori_shape)
-    areas = _assign_pixels(ids, _logit_bands(mask_logits[sure], rows, columns, 4 * len(sure) + 8), scores)
+    rows, columns = resize_to_file(mask_logits, pad_shape, img_shape, ori_shape)
+    areas = _assign_pixels(ids, logit_bands(mask_logits[sure], rows, columns, 4 * len(sure) + 8), scores)
     numbers, segments = _walk(areas.tolist(), candidates, overlap_threshold)
     table = torch.tensor([0, *numbers], dtype=torch.int32, device=ids.device)
-    for band in _row_bands(ids.shape[0], 8 * ids.shape[1], 0, ids.device):
+    for band in row_bands(ids.shape[0], 8 * ids.shape[1], 0, ids.device):
         ids[band] = table[ids[band]]
     return PanopticMap(ids, segments)
 
@@ -214,9 +155,9 @@ def _score_bands(
     if alone and tuple(img_shape) != tuple(ori_shape):
         bands = _resized_score_bands(mask_logits, probs, pad_shape, img_shape, ori_shape)
     else:
-        rows, columns = _taps(mask_logits, pad_shape, img_shape, ori_shape)
+        rows, columns = resize_to_file(mask_logits, pad_shape, img_shape, ori_shape)
         values = sum(probs.shape) + max(probs.shape) + 4  # the last band lives until its loop variable is bound anew
-        logits = _logit_bands(mask_logits, rows, columns, values)
+        logits = logit_bands(mask_logits, rows, columns, values)
         bands = ((band, _scores(x, probs)) for band, x in logits)
     for band, scores in bands:
         yield band, scores[..., :num_classes]
@@ -226,21 +167,21 @@ def _resized_score_bands(
     mask_logits: Tensor, probs: Tensor, pad_shape: Size, img_shape: Size, ori_shape: Size
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield bands of the scores (W, n, C') of the padded input, cropped and resized."""
-    inner_rows, inner_columns = _taps(mask_logits, pad_shape, img_shape, img_shape)
-    rows, columns = (bilinear_taps(n_in, n_out) for n_in, n_out in zip(img_shape, ori_shape, strict=True))
+    inner_rows, inner_columns = resize_to_file(mask_logits, pad_shape, img_shape, img_shape)
+    rows, columns = (linear_taps(n_in, n_out) for n_in, n_out in zip(img_shape, ori_shape, strict=True))
     queries, classes = probs.shape
     columns = columns.on(probs)
     inner = max(img_shape[1], ori_shape[1]) * (classes + max(queries, classes)) + 2 * mask_logits.shape[2] * queries
     item, ratio = probs.element_size(), img_shape[0] / ori_shape[0]
     per_row = item * (ratio * inner + ori_shape[1] * (2 * classes + 4))
-    for band in _row_bands(ori_shape[0], per_row, 2 * item * inner, probs.device):
+    for band in row_bands(ori_shape[0], per_row, 2 * item * inner, probs.device):
         needed, taps = rows[band].narrowed()
         taps = taps.on(probs)
         # One expression, so that each step's input is freed at once: (w', m, Q or C'), (W, m, C'), (m, W, C'), (n, W, C').
         yield (
             band,
             taps.apply(
-                _swapped(columns.apply(_scores(_resized(mask_logits, inner_rows[needed], inner_columns), probs)))
+                swapped(columns.apply(_scores(resized(mask_logits, inner_rows[needed], inner_columns), probs)))
             ).transpose(0, 1),  # (W, n, C')
         )
 
@@ -288,7 +229,7 @@ def instance_inference(
     queries, slot = (pairs // num_classes).unique(return_inverse=True)  # (K,), (N,)
     masks, means = _instance_masks(mask_logits[queries], slot, pad_shape, img_shape, ori_shape)
     scores, order = (scores * means[slot]).sort(descending=True, stable=True)
-    for band in _row_bands(masks.shape[1], masks.shape[0] * masks.shape[2], 0, masks.device):
+    for band in row_bands(masks.shape[1], masks.shape[0] * masks.shape[2], 0, masks.device):
         masks[:, band] = masks[order, band]
     return InstanceData(scores=scores, labels=labels[order], masks=masks, bboxes=mask_boxes(masks))
 
@@ -306,61 +247,13 @@ def _instance_masks(
     sums = torch.zeros(2, queries, dtype=torch.float64, device=mask_logits.device)
     if not queries:
         return masks, sums[0].to(upcast(mask_logits).dtype)
-    rows, columns = _taps(mask_logits, pad_shape, img_shape, ori_shape)
-    for band, logits in _logit_bands(mask_logits, rows, columns, 3 * queries + len(slot)):
+    rows, columns = resize_to_file(mask_logits, pad_shape, img_shape, ori_shape)
+    for band, logits in logit_bands(mask_logits, rows, columns, 3 * queries + len(slot)):
         inside = logits > 0  # (W, n, K)
         masks[:, band] = inside.permute(2, 1, 0)[slot]
         sums[0] += _count(inside)
         sums[1] += logits.sigmoid_().mul_(inside).sum((0, 1))
     return masks, (sums[1] / (sums[0] + EPSILON)).to(upcast(mask_logits[:0]).dtype)
-
-
-def _taps(mask_logits: Tensor, pad_shape: Size, img_shape: Size, ori_shape: Size) -> tuple[Taps, Taps]:
-    """Return the resize of the rows (on the CPU, where bands are cut) and of the columns from the map to the file."""
-    rows, columns = (
-        bilinear_taps(small, padded).then(bilinear_taps(image, file))
-        for small, padded, image, file in zip(mask_logits.shape[-2:], pad_shape, img_shape, ori_shape, strict=True)
-    )
-    return rows, columns.on(upcast(mask_logits[:0]))
-
-
-def _logit_bands(
-    mask_logits: Tensor, rows: Taps, columns: Taps, values_per_pixel: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield bands of the file's rows and their logits (W, n, K), which the caller may overwrite.
-
-    Args:
-        mask_logits: (K, h, w).
-        rows: Resize to H.
-        columns: Resize to W.
-        values_per_pixel: What the caller holds of a pixel at once, these logits included, in units of a logit.
-    """
-    queries, h, w = mask_logits.shape
-    height, width = len(rows.indices), len(columns.indices)
-    item = columns.weights.element_size()
-    low = 2 * item * queries * w  # a row of the head's map, and its copy
-    per_row = low * (1 + h / height) + item * width * values_per_pixel
-    for band in _row_bands(height, per_row, 3 * low, mask_logits.device):
-        yield band, _resized(mask_logits, rows[band], columns)
-
-
-def _row_bands(height: int, per_row: float, fixed: float, device: torch.device) -> Iterator[slice]:
-    """Cut rows into bands of ``fixed`` + n ``per_row`` bytes within the bound, n at least 1."""
-    bound = CPU_BAND_BYTES if device.type == "cpu" else BAND_BYTES
-    step = max(1, int((bound - fixed) / max(per_row, 1)))
-    for start in range(0, height, step):
-        yield slice(start, min(start + step, height))
-
-
-def _resized(mask_logits: Tensor, rows: Taps, columns: Taps) -> Tensor:
-    """Return (n_columns, n_rows, K) of (K, h, w): queries last, so that all steps run over contiguous memory."""
-    needed, rows = rows.narrowed()
-    low = upcast(mask_logits[:, needed].permute(1, 2, 0).contiguous())  # (m, w, K)
-    return columns.apply(_swapped(rows.on(low).apply(low)))
-
-
-def _swapped(x: Tensor) -> Tensor:
-    return x.transpose(0, 1).contiguous()
 
 
 def _count(mask: Tensor) -> Tensor:

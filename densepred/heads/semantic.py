@@ -19,7 +19,7 @@ from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 
 from densepred.errors import nearest
-from densepred.heads.mask2former_inference import Size, Taps, _logit_bands, bilinear_taps
+from densepred.heads.resizing import Size, logit_bands, resize_to_file
 from densepred.losses.semantic import full_precision
 from densepred.registry import MODELS
 from densepred.structures import IGNORE_INDEX, Features, SegSample
@@ -366,23 +366,9 @@ def semantic_labels(logits: Tensor, pad_shape: Size, img_shape: Size, ori_shape:
         ori_shape: (H, W) of the file.
         align_corners: of both resizes.
     """
-    rows, columns = (
-        linear_taps(small, padded, align_corners).then(linear_taps(image, file, align_corners))
-        for small, padded, image, file in zip(logits.shape[-2:], pad_shape, img_shape, ori_shape, strict=True)
-    )
+    rows, columns = resize_to_file(logits, pad_shape, img_shape, ori_shape, align_corners)
     labels = torch.empty(tuple(ori_shape), dtype=torch.int64, device=logits.device)
     # Held of a pixel at once: the logits, their copy after the rows, and the label.
-    for band, values in _logit_bands(logits, rows, columns.on(full_precision(logits[:0])), len(logits) + 4):
+    for band, values in logit_bands(logits, rows, columns, len(logits) + 4):
         labels[band] = values.argmax(-1).T  # (n, W)
     return labels
-
-
-def linear_taps(n_in: int, n_out: int, align_corners: bool) -> Taps:
-    """Return the linear resize of one axis, in float64 on the CPU."""
-    if not align_corners or n_in == n_out:
-        return bilinear_taps(n_in, n_out)
-    places = torch.arange(n_out, dtype=torch.float64) * ((n_in - 1) / max(n_out - 1, 1))
-    low = places.long().clamp(max=n_in - 1)
-    high = (low + 1).clamp(max=n_in - 1)
-    weight = places - low
-    return Taps(torch.stack([low, high], 1), torch.stack([1 - weight, weight], 1))
