@@ -37,4 +37,4 @@ val_dataset = dict(
     test_mode=True,
     pipeline="${test_pipeline}",
 )
-val_evaluator = dict(semantic=dict(type="SemanticIoU"))
+val_evaluator = dict(semantic=[dict(type="SemanticIoU"), dict(type="CityscapesIoU", data_root="${data_root}")])
