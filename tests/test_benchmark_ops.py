@@ -18,6 +18,7 @@ from densepred.engine.benchmark_ops import (
     kmeans_inputs,
     measure,
     peak_bytes,
+    varying_window_inputs,
 )
 from densepred.engine.benchmark_ops import (
     benchmark_ops as table_of,
@@ -36,6 +37,7 @@ TINY = [
     replace(tiny("criss_cross_attention", CROSS), theirs=criss_cross_by_mask),
     tiny("kmeans_attention", partial(kmeans_inputs, 6, 8, 5)),
     tiny("ms_deform_attn", partial(deformable_inputs, (5, 3), 4)),
+    tiny("varying_window_attention", partial(varying_window_inputs, 16, 24, 8, 2)),
 ]
 
 

@@ -70,7 +70,7 @@ def differentiate(function, arguments, grad):
 def test_any_size_equals_the_unfolded_form(seed, monkeypatch):
     torch.manual_seed(seed)
     draw = random.Random(seed)
-    monkeypatch.setattr(MODULE, "MOST_SCORES", draw.choice([20_000, 2**20]))
+    monkeypatch.setitem(MODULE.MOST_SCORES, "cpu", draw.choice([20_000, 2**20]))
     arguments = inputs(
         ratio=draw.choice([(1, 2), (2, 2), (3, 2), (4, 3), (1, 8), (8, 1), (5, 2), (2, 7)]),
         windows=draw.choice([(8, 8), (3, 8), (8, 5), (4, 6)]),
@@ -86,18 +86,17 @@ def test_any_size_equals_the_unfolded_form(seed, monkeypatch):
 
 @pytest.mark.parametrize(("side", "ratio"), itertools.product(range(1, 17), (2, 4, 8)))
 def test_contexts_are_plain_slices_of_few_tokens(side, ratio):
-    """Every run reads the blocks of its context in a row; a side that R divides needs every token once."""
+    """Every window reads blocks in a row; where R divides the side, the map has about as many blocks as it is long by R."""
     line = torch.arange(8.0 * side).expand(1, 1, 8, -1)
     expected = contexts(line, (1, ratio), (8, 8))[0, 0].numpy()  # (windows, 1, p, R)
     phases, seen = _phases(side, 8, ratio), 0
     for phase in phases:
         blocks = np.array(phase.positions).reshape(-1, ratio)
         assert len(np.unique(blocks, axis=0)) == len(blocks)
-        for run in phase.runs:
-            part = sorted(map(tuple, blocks[run.block : run.block + side]))
-            for window in range(8)[phase.windows][run.windows]:
-                assert part == sorted(map(tuple, expected[window, 0].astype(int)))
-                seen += 1
+        for first, window in zip(phase.firsts, range(8)[phase.windows], strict=True):
+            part = sorted(map(tuple, blocks[first : first + side]))
+            assert part == sorted(map(tuple, expected[window, 0].astype(int)))
+            seen += 1
     assert seen == 8
     if side % ratio == 0:
         tokens = sum(len(phase.positions) for phase in phases) // ratio
@@ -106,7 +105,7 @@ def test_contexts_are_plain_slices_of_few_tokens(side, ratio):
 
 def test_with_as_many_windows_as_the_ratio_all_share_one_context():
     (phase,) = _phases(8, 8, 8)
-    assert len(phase.runs) == 1 and len(phase.positions) == 64
+    assert set(phase.firsts) == {0} and len(phase.positions) == 64
 
 
 class Branch(torch.nn.Module):

@@ -11,7 +11,7 @@ into tokens and projects every token of every window. Here the same contexts com
   rotated order, which attention does not notice. In the right order of a phase's blocks every context is a plain slice,
   and with as many windows as R all windows of a phase share one context.
 
-No padded map, no unfolded tensor and no attention map outlives a few windows; the backward computes them again.
+No padded map, no unfolded tensor and no attention map outlives a line of windows; the backward computes them again.
 """
 
 import math
@@ -25,15 +25,8 @@ from torch.nn import functional
 
 from densepred.ops.backend import backend_name
 
-MOST_SCORES = 2**20
-"""Attention scores that are held at a time, 4 MiB in float32: what a core's cache holds."""
-
-
-class _Run(NamedTuple):
-    """Neighbouring windows of a phase that share their context along an axis."""
-
-    windows: slice  # among those of the phase
-    block: int  # the first of the context's p blocks
+MOST_SCORES = {"cpu": 2**19, "cuda": 2**25}
+"""Attention scores that are held at a time: what a core's cache holds, and what a GPU does at once."""
 
 
 class _Phase(NamedTuple):
@@ -41,7 +34,7 @@ class _Phase(NamedTuple):
 
     windows: slice
     positions: tuple[int, ...]  # of the blocks, R each; the map's length stands for a zero
-    runs: tuple[_Run, ...]
+    firsts: tuple[int, ...]  # for every window the first of the p blocks that are its context
 
 
 @lru_cache(maxsize=256)
@@ -68,13 +61,11 @@ def _phase(windows: slice, contexts: list[list[tuple[int, ...]]], shared: bool) 
 
     if shared:
         order = sorted({block for context in contexts for block in context}, key=place)
-        firsts = [order.index(min(context, key=place)) for context in contexts]
+        firsts = tuple(order.index(min(context, key=place)) for context in contexts)
     else:
         order = [block for context in contexts for block in context]
-        firsts = [i * len(contexts[0]) for i in range(len(contexts))]
-    edges = [i for i, first in enumerate(firsts) if i == 0 or first != firsts[i - 1]]
-    runs = [_Run(slice(i, j), firsts[i]) for i, j in zip(edges, [*edges[1:], len(firsts)], strict=True)]
-    return _Phase(windows, tuple(position for block in order for position in block), tuple(runs))
+        firsts = tuple(i * len(contexts[0]) for i in range(len(contexts)))
+    return _Phase(windows, tuple(position for block in order for position in block), firsts)
 
 
 class _Layout(NamedTuple):
@@ -96,30 +87,27 @@ class _Layout(NamedTuple):
         return ((rows, columns) for rows in down for columns in across)
 
 
-class _Batch(NamedTuple):
-    """Windows that are computed together: some lines of them, in which groups of neighbours share a context."""
+class _Line(NamedTuple):
+    """A line of a phase's windows, which are computed together, in groups of neighbours that share a context."""
 
-    rows: slice
-    groups: int
-    first_row: int
-    first_columns: tuple[int, ...]
+    number: int
+    first_row: int  # of the contexts' blocks
+    first_columns: tuple[int, ...]  # the same, for every group
 
     def queries(self, windowed: Tensor) -> Tensor:
-        """Return the chosen windows of a phase's (B, windows, p, windows, p, heads, d) as (B, heads, G, m, p, n, p, d)."""
-        return windowed[:, self.rows].unflatten(3, (self.groups, -1)).permute(0, 6, 3, 1, 2, 4, 5, 7)
+        """Return the line of a phase's (B, windows, p, windows, p, heads, d) as a view (B, heads, G, p, n, p, d)."""
+        line = windowed[:, self.number].unflatten(2, (len(self.first_columns), -1))  # (B, p, G, n, p, heads, d)
+        return line.permute(0, 5, 2, 1, 3, 4, 6)
 
-    def context(self, grid: Tensor, side: tuple[int, int]) -> list[Tensor]:
-        """Return the contexts of the groups, views (B, p, p, heads, d) of a phase's tokens (B, Dy, Dx, heads, d)."""
+    def contexts(self, grid: Tensor, side: tuple[int, int]) -> list[Tensor]:
+        """Return the groups' contexts, views (B, p, p, heads, d) of a phase's tokens (B, Dy, Dx, heads, d)."""
         rows = grid[:, self.first_row : self.first_row + side[0]]
         return [rows[:, :, first : first + side[1]] for first in self.first_columns]
 
 
-def _batches(rows: _Phase, columns: _Phase) -> Iterator[_Batch]:
-    spans = {run.windows.stop - run.windows.start for run in columns.runs}
-    alike = len(spans) == 1  # groups are stacked, so they need one size: else a window makes a group
-    firsts = [run.block for run in columns.runs for _ in range(1 if alike else run.windows.stop - run.windows.start)]
-    for run in rows.runs:
-        yield _Batch(run.windows, len(firsts), run.block, tuple(firsts))
+def _lines(rows: _Phase, columns: _Phase) -> list[_Line]:
+    firsts = columns.firsts[:1] if len(set(columns.firsts)) == 1 else columns.firsts
+    return [_Line(number, first, firsts) for number, first in enumerate(rows.firsts)]
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:
@@ -130,7 +118,8 @@ def _stacked(parts: list[Tensor]) -> Tensor:
 
 def _chunks(queries: Tensor, keys: Tensor) -> list[slice]:
     """Return slices along the queries (N, Q, d) whose scores against the keys (N, P, d) stay within `MOST_SCORES`."""
-    step = max(1, MOST_SCORES // (keys.shape[0] * keys.shape[1]))
+    most = MOST_SCORES.get(queries.device.type, MOST_SCORES["cuda"])
+    step = max(1, most // (keys.shape[0] * keys.shape[1]))
     return [slice(i, i + step) for i in range(0, queries.shape[1], step)]
 
 
@@ -177,13 +166,13 @@ def _attend(
         indices = _indices(rows, query.device), _indices(columns, query.device)
         keys, values = _project(_tokens(context, *indices, layout.ratio), weight, bias, layout.heads)
         here = (slice(None), rows.windows, slice(None), columns.windows)
-        for batch in _batches(rows, columns):
-            chosen = batch.queries(queries[here])
-            q = (chosen * scale).flatten(3, 6).flatten(0, 2)  # (N, Q, d)
-            k, v = (_stacked(batch.context(grid, layout.side)) for grid in (keys, values))  # (N, P, d)
+        for line in _lines(rows, columns):
+            chosen = line.queries(queries[here])
+            q = (chosen * scale).flatten(3, 5).flatten(0, 2)  # (N, Q, d)
+            k, v = (_stacked(line.contexts(grid, layout.side)) for grid in (keys, values))  # (N, P, d)
             for part in _chunks(q, k):
                 q[:, part] = torch.bmm(_weights(q[:, part], k).to(v.dtype), v)  # the output takes the query's place
-            batch.queries(outputs[here]).copy_(q.view(chosen.shape))
+            line.queries(outputs[here]).copy_(q.view(chosen.shape))
     return out
 
 
@@ -201,16 +190,17 @@ def _attend_backward(
         keys, values = _project(tokens, weight, bias, layout.heads)
         summed = tokens.new_zeros(*tokens.shape[:3], 2, layout.heads, keys.shape[-1], dtype=dtype)
         here = (slice(None), rows.windows, slice(None), columns.windows)
-        for batch in _batches(rows, columns):
-            chosen = batch.queries(queries[here])
-            q, g = ((x).flatten(3, 6).flatten(0, 2) for x in (chosen * scale, batch.queries(grads[here])))
-            k, v = (_stacked(batch.context(grid, layout.side)) for grid in (keys, values))
+        for line in _lines(rows, columns):
+            chosen = line.queries(queries[here])
+            q, g = (x.flatten(3, 5).flatten(0, 2) for x in (chosen * scale, line.queries(grads[here])))
+            k, v = (_stacked(line.contexts(grid, layout.side)) for grid in (keys, values))
             gradients = _softmax_backward(q, k, v, g)
-            batch.queries(found[here]).copy_(q.mul_(scale).view(chosen.shape))
+            line.queries(found[here]).copy_(q.mul_(scale).view(chosen.shape))
             for grid, gradient in zip(summed.unbind(3), gradients, strict=True):
                 parts = gradient.unflatten(1, layout.side).unflatten(0, (len(query), layout.heads, -1))
-                for place, part in zip(batch.context(grid, layout.side), parts.unbind(2), strict=True):
+                for place, part in zip(line.contexts(grid, layout.side), parts.unbind(2), strict=True):
                     place += part.permute(0, 2, 3, 1, 4)
+        del keys, values
         flat, of_tokens = summed.flatten(3).flatten(0, 2), tokens.flatten(0, 2)  # (D, 2C), (D, C)
         grad_bias += flat.sum(0)
         flat = flat.to(tokens.dtype)
