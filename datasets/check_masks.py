@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 SHOWN = 10
 """Bad files that are listed."""
+NEVER = "   <- never: nothing to learn; in validation its IoU is 0 once it is predicted, else left out of the mean"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -67,8 +68,7 @@ def table(counts: np.ndarray, classes: tuple[str, ...]) -> str:
     labelled = max(pixels[: len(classes)].sum(), 1)
     width = max(len(name) for name in (*classes, "(ignored)"))
     lines = [
-        f"  {name:{width}}  {100 * pixels[i] / labelled:6.2f} %  in {images[i]} images"
-        + ("" if images[i] else "   <- never: nothing to learn or to measure; its IoU will be left out of the mean")
+        f"  {name:{width}}  {100 * pixels[i] / labelled:6.2f} %  in {images[i]} images" + ("" if images[i] else NEVER)
         for i, name in enumerate(classes)
     ]
     lines.append(f"  {'(ignored)':{width}}  {100 * pixels[255] / pixels.sum():6.2f} % of all pixels")

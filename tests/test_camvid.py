@@ -59,6 +59,14 @@ def test_a_subset_of_the_files_may_be_listed(root):
     assert len(CamVid(str(root), "train")) == 1
 
 
+def test_lists_as_windows_writes_them(root):
+    (root / "train.txt").write_bytes("b\r\na\r\n".encode("utf-8-sig"))
+    assert [sample["img_id"] for sample in CamVid(str(root), "train", LOAD)] == ["b", "a"]
+    (root / "train.txt").write_text("b\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"train\.txt, the list of the split's images, is no UTF-8 text"):
+        CamVid(str(root), "train")
+
+
 def test_bad_lists_and_files(root):
     listing = root / "train.txt"
     for text, message in (

@@ -133,11 +133,14 @@ def test_unknown_colours_name_the_nearest(root):
     "options, message",
     [
         (dict(classes=["a", "b", "a"]), "classes holds 'a' twice"),
+        (dict(classes="soil"), r"classes is 'soil', but it should be a list: \['soil'\]"),
+        (dict(ignore=255), r"ignore is 255, but it should be a list: \[255\]"),
         (dict(classes=["a", ""]), "classes holds '', which is no name"),
         (dict(classes=[]), "classes holds 0 names; there may be 1 to 255"),
         (dict(palette=PALETTE[:2], ignore=[]), "palette has 2 entries and classes 3; there should be one for each"),
         (dict(palette=[*PALETTE[:2], PALETTE[0]], ignore=[]), "stands for two classes, 'soil' and 'stone'"),
         (dict(palette=[*PALETTE[:2], [0, 0, 256]], ignore=[]), r"holds \[0, 0, 256\], but .* \[red, green, blue\]"),
+        (dict(palette=[*PALETTE[:2], [0.1, 0.2, 0.3]], ignore=[]), r"holds \[0\.1, 0\.2, 0\.3\], but .* of 0\.\.255"),
         (dict(palette=PALETTE), "palette or ignore holds 255, but with a palette both hold RGB colours"),
         (dict(palette=PALETTE, ignore=[PALETTE[1]]), r"ignore holds \(0, 160, 0\), which is also the class 'leaf'"),
         (dict(palette=PALETTE, label_values=[0, 1, 2], ignore=[]), "palette .* or label_values .*, not both"),
@@ -151,6 +154,17 @@ def test_unknown_colours_name_the_nearest(root):
 def test_options_that_do_not_fit_together(root, options, message):
     with pytest.raises(ValueError, match=message):
         folder(root, **options)
+
+
+def test_numbers_saved_as_jpeg_are_lost(root):
+    Image.fromarray(EXPECTED[0] % 3).save(root / "masks" / "a.jpg")
+    (root / "masks" / "a.png").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"masks/a\.png; .* \(\S+masks: it holds 2 files \.png, 1 files \.jpg\)"
+    ):
+        folder(root)
+    with pytest.raises(DamagedImageError, match=r"a\.jpg is a JPEG, which blurs numbers .* save masks as PNG"):
+        folder(root, label_suffix=(".jpg", ".png"))[0]
 
 
 def test_missing_files(root):

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 def require_files(paths: Iterable[str], what: str, named_by: str) -> None:
@@ -60,8 +61,8 @@ def paired_files(
         if missing:
             raise FileNotFoundError(
                 f"{len(missing)} of {len(have)} {what}, the first missing file is "
-                f"{os.path.join(folder, missing[0] + _shown(suffix))}; unpack the download again, or remove what has no "
-                "partner"
+                f"{os.path.join(folder, missing[0] + _shown(suffix))}; add the files, or remove what has no partner "
+                f"({folder}: {_found(folder)})"
             )
     return [(os.path.basename(stem), images[stem], labels[stem]) for stem in sorted(images)]
 
@@ -71,12 +72,15 @@ def listed_names(path: str) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no name, or one twice.
+        ValueError: it holds no name, or one twice, or is not UTF-8.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}, the list of the split's images, does not exist; see datasets/README.md")
-    with open(path, encoding="utf-8") as file:
-        names = [line.strip() for line in file if line.strip()]
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors put a mark in front
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}, the list of the split's images, is no UTF-8 text; save it as UTF-8") from None
+    names = [line.strip() for line in text.splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{path} lists no image: it should hold one name a line, without suffix")
     twice = [name for name, count in Counter(names).items() if count > 1]
@@ -93,7 +97,8 @@ def _require_listed(
         hint = "names stand there without suffix" if os.path.splitext(missing[0])[0] in have else "add the files"
         raise FileNotFoundError(
             f"{len(missing)} of {len(names)} {what} files that {split_file} names are missing, the first is "
-            f"{os.path.join(folder, missing[0] + suffix)}; {hint}, or take the names out of the list"
+            f"{os.path.join(folder, missing[0] + suffix)}; {hint}, or take the names out of the list ({folder}: "
+            f"{_found(folder)})"
         )
 
 

@@ -66,6 +66,7 @@ class ImageFolderSegmentation(SegDataset):
         self.folders, self.suffixes = (image_dir, label_dir), (image_suffix, label_suffix)
         self.split_file = split_file
         check_classes(classes)
+        _require_list("ignore", ignore)
         if palette is None:
             self.COMMON = {"semantic_table": value_table(classes, label_values, ignore), "semantic_remedy": REMEDY}
         elif label_values is not None:
@@ -104,6 +105,7 @@ def distinct_color(number: int) -> tuple[int, int, int]:
 
 def check_classes(classes: Sequence[str]) -> None:
     """Raise ``ValueError`` unless these are 1 to 255 different names."""
+    _require_list("classes", classes)
     wrong = [name for name in classes if not isinstance(name, str) or not name]
     twice = [name for i, name in enumerate(classes) if name in classes[:i]]
     if wrong:
@@ -124,7 +126,7 @@ def value_table(
     """
     values = list(range(len(classes))) if label_values is None else list(label_values)
     _require_one_each("label_values", values, classes)
-    wrong = [value for value in (*values, *ignore) if not isinstance(value, int) or not 0 <= value <= 255]
+    wrong = [value for value in (*values, *ignore) if value not in range(256)]
     if wrong:
         raise ValueError(
             f"label_values or ignore holds {wrong[0]!r}, but masks hold numbers 0..255 (with a palette, colours)"
@@ -140,12 +142,17 @@ def color_table(classes: Sequence[str], palette: Sequence[Color], ignore: Sequen
     """
     _require_one_each("palette", palette, classes)
     for color in (*palette, *ignore):
-        if isinstance(color, int) or len(color) != 3 or not all(0 <= part <= 255 for part in color):
+        if isinstance(color, int) or len(color) != 3 or not all(part in range(256) for part in color):
             raise ValueError(
                 f"palette or ignore holds {color!r}, but with a palette both hold RGB colours, [red, green, blue] of 0..255"
             )
     colors = [tuple(color) for color in palette]
     return ColorTable(_classes_of(colors, [tuple(color) for color in ignore], classes), tuple(classes))
+
+
+def _require_list(key: str, value: object) -> None:
+    if isinstance(value, (str, int)):
+        raise ValueError(f"{key} is {value!r}, but it should be a list: [{value!r}]")
 
 
 def _require_one_each(key: str, values: Sequence, classes: Sequence[str]) -> None:

@@ -80,9 +80,11 @@ def read_label_map(path: str | Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        DamagedImageError: the file is empty, truncated, no image or has several channels.
+        DamagedImageError: the file is empty, truncated, no image, a JPEG or has several channels.
     """
     image, _ = _decode(_read_bytes(path, "label map"), path, "label map")
+    if image.format == "JPEG":
+        raise DamagedImageError(f"label map {path} is a JPEG, which blurs numbers into other ones: save masks as PNG")
     labels = np.asarray(image)
     if labels.ndim != 2 or labels.dtype not in (bool, np.uint8, np.uint16):
         same = labels.ndim == 3 and (labels[..., :1] == labels[..., :3]).all()
