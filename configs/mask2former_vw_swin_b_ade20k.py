@@ -13,6 +13,7 @@ train_max_size = 2560
 test_short_edge = 640
 test_max_size = 2560
 model = dict(
+    data_preprocessor=dict(size_divisor=64),
     encoder=dict(
         _delete_=True,
         type="SwinTransformer",

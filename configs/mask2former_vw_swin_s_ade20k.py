@@ -8,6 +8,7 @@ _base_ = [
 ]
 
 model = dict(
+    data_preprocessor=dict(size_divisor=64),
     encoder=dict(
         _delete_=True,
         type="SwinTransformer",

@@ -10,4 +10,5 @@ _base_ = [
     "_base_/schedules/vwformer.py",
 ]
 
+test_multiple = 64
 model = dict(encoder=dict(arch="small"))

@@ -7,4 +7,5 @@ _base_ = [
     "_base_/schedules/vwformer.py",
 ]
 
+test_multiple = 64
 optim_wrapper = dict(paramwise_cfg=dict(num_layers=6))

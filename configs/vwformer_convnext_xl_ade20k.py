@@ -11,4 +11,5 @@ image_size = (640, 640)
 base_size = (2560, 640)
 test_short_edge = 640
 test_max_size = 2560
+test_multiple = 64
 model = dict(encoder=dict(arch="xlarge"))

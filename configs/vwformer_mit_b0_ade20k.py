@@ -10,6 +10,7 @@ _base_ = [
     "_base_/schedules/adamw_poly.py",
 ]
 
+test_multiple = 64
 model = dict(
     encoder=dict(
         _delete_=True,

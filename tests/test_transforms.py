@@ -226,6 +226,11 @@ def test_resize_short_edge(shape, short_edge, max_size, expected):
     assert ResizeShortEdge(short_edge, max_size)(dict(img=img))["img_shape"] == expected
 
 
+def test_resize_short_edge_to_multiples():
+    for shape, expected in (((64, 86), (64, 128)), ((86, 64), (128, 64)), ((64, 128), (64, 128))):
+        assert ResizeShortEdge(64, 256, multiple=64)(dict(img=np.zeros((*shape, 3), np.uint8)))["img_shape"] == expected
+
+
 def test_short_edge_jitter_draws_all_lengths_and_places():
     img = np.tile(np.arange(0, 240, 2, dtype=np.uint8)[None, :, None], (60, 1, 3))  # 60 x 120, brighter to the right
     jitter = ShortEdgeJitter((30, 60, 90), 160, (40, 50))

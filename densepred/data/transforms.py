@@ -281,13 +281,16 @@ class ResizeShortEdge(BaseTransform):
     Args:
         short_edge: length of the short side in pixels.
         max_size: limit of the long side in pixels.
+        multiple: round both sides up to a multiple of this, which changes the aspect a little.
     """
 
-    def __init__(self, short_edge: int, max_size: int) -> None:
-        self.short_edge, self.max_size = short_edge, max_size
+    def __init__(self, short_edge: int, max_size: int, multiple: int = 1) -> None:
+        self.short_edge, self.max_size, self.multiple = short_edge, max_size, multiple
 
     def transform(self, results: dict) -> dict:
-        return resize(results, short_edge_shape(*results["img"].shape[:2], self.short_edge, self.max_size))
+        height, width = short_edge_shape(*results["img"].shape[:2], self.short_edge, self.max_size)
+        step = self.multiple
+        return resize(results, (-(-height // step) * step, -(-width // step) * step))
 
 
 @TRANSFORMS.register_module()

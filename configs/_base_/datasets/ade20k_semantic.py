@@ -7,6 +7,7 @@ base_size = (2048, 512)  # (long, short) sides that ratios multiply
 ratio_range = (0.5, 2.0)
 test_short_edge = 512
 test_max_size = 2048
+test_multiple = 1  # of which both sides are
 data_root = "datasets/ADEChallengeData2016"
 
 train_pipeline = [
@@ -25,7 +26,12 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type="LoadImage"),
-    dict(type="ResizeShortEdge", short_edge="${test_short_edge}", max_size="${test_max_size}"),
+    dict(
+        type="ResizeShortEdge",
+        short_edge="${test_short_edge}",
+        max_size="${test_max_size}",
+        multiple="${test_multiple}",
+    ),
     dict(type="LoadSemantic"),
     dict(type="PackSegInputs"),
 ]
