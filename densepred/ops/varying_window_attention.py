@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from densepred.ops.backend import backend_name
 
-MOST_SCORES = {"cpu": 2**19, "cuda": 2**25}
+MOST_SCORES = {"cpu": 2**18, "cuda": 2**25}
 """Attention scores that are held at a time: what a core's cache holds, and what a GPU does at once."""
 
 
@@ -116,11 +116,16 @@ def _stacked(parts: list[Tensor]) -> Tensor:
     return torch.stack(parts, 2).flatten(3, 4).flatten(0, 2)
 
 
-def _chunks(queries: Tensor, keys: Tensor) -> list[slice]:
-    """Return slices along the queries (N, Q, d) whose scores against the keys (N, P, d) stay within `MOST_SCORES`."""
+def _chunks(queries: Tensor, keys: Tensor) -> list[tuple[slice, slice]]:
+    """Return parts along the first two axes of the queries (N, Q, d).
+
+    The scores of a part against its keys (N, P, d) stay within `MOST_SCORES`, but for those of a single query.
+    """
     most = MOST_SCORES.get(queries.device.type, MOST_SCORES["cuda"])
-    step = max(1, most // (keys.shape[0] * keys.shape[1]))
-    return [slice(i, i + step) for i in range(0, queries.shape[1], step)]
+    (number, length, _), count = queries.shape, keys.shape[1]
+    # Whole products while they fit: many small ones are slow.
+    wide, deep = max(1, most // (length * count)), max(1, min(length, most // count))
+    return [(slice(i, i + wide), slice(j, j + deep)) for i in range(0, number, wide) for j in range(0, length, deep)]
 
 
 def _weights(queries: Tensor, keys: Tensor) -> Tensor:
@@ -170,8 +175,8 @@ def _attend(
             chosen = line.queries(queries[here])
             q = (chosen * scale).flatten(3, 5).flatten(0, 2)  # (N, Q, d)
             k, v = (_stacked(line.contexts(grid, layout.side)) for grid in (keys, values))  # (N, P, d)
-            for part in _chunks(q, k):
-                q[:, part] = torch.bmm(_weights(q[:, part], k).to(v.dtype), v)  # the output takes the query's place
+            for n, part in _chunks(q, k):  # the output takes the query's place
+                q[n, part] = torch.bmm(_weights(q[n, part], k[n]).to(v.dtype), v[n])
             line.queries(outputs[here]).copy_(q.view(chosen.shape))
     return out
 
@@ -214,13 +219,13 @@ def _softmax_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Te
     """Return the gradients of keys and values (N, P, d); that of the queries (N, Q, d) takes the queries' place."""
     dtype = _sum_dtype(q.dtype)
     grad_k, grad_v = (torch.zeros_like(x, dtype=dtype) for x in (k, v))
-    for part in _chunks(q, k):
-        weights, g, queries = _weights(q[:, part], k), grad[:, part], q[:, part]
-        grad_v += torch.bmm(weights.to(g.dtype).transpose(1, 2), g)
-        slopes = torch.bmm(g, v.transpose(1, 2)).to(dtype)
+    for n, part in _chunks(q, k):
+        weights, g, queries = _weights(q[n, part], k[n]), grad[n, part], q[n, part]
+        grad_v[n] += torch.bmm(weights.to(g.dtype).transpose(1, 2), g)
+        slopes = torch.bmm(g, v[n].transpose(1, 2)).to(dtype)
         slopes = slopes.sub_((slopes * weights).sum(-1, keepdim=True)).mul_(weights).to(k.dtype)  # (N, Q, P)
-        grad_k += torch.bmm(slopes.transpose(1, 2), queries)
-        q[:, part] = torch.bmm(slopes, k)
+        grad_k[n] += torch.bmm(slopes.transpose(1, 2), queries)
+        q[n, part] = torch.bmm(slopes, k[n])
     return grad_k, grad_v
 
 
