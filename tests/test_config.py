@@ -1,5 +1,6 @@
 """Strict configs: what MMEngine accepts in silence is an error here."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,25 @@ def test_options_are_parsed_like_mmengine_does():
     }
     with pytest.raises(ConfigError, match="write key=value"):
         parse_options(["a.b"])
+
+
+def test_an_option_may_be_a_dict_as_in_a_config_file():
+    words = [
+        "a.b=dict(size=(40, 40), stride=(24,24))",
+        """c=[dict(type="A b", size="${size}"), dict(x=None, y=-1e-3)]""",
+    ]
+    assert parse_options(words) == {
+        "a.b": {"size": (40, 40), "stride": (24, 24)},
+        "c": [{"type": "A b", "size": "${size}"}, {"x": None, "y": -1e-3}],
+    }
+
+
+@pytest.mark.parametrize(
+    "value", ["dict(a=b)", "dict(a=open('x'))", "dict(a=(1,2)", "dict({'a': 1})", "dict(**{})", "x(1,2)", "[1,(2]"]
+)
+def test_a_value_that_cannot_be_read_is_told(value):
+    with pytest.raises(ConfigError, match=re.escape(f"a={value}: the value cannot be read")):
+        parse_options([f"a={value}"])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ is written once and an override reaches them all. What would be accepted in sile
 nearest right name: an unknown or unused key, a value of another type, a ``type`` that would keep the old type's arguments.
 """
 
+import ast
 import copy
 import os
 import re
@@ -75,20 +76,44 @@ def resolve_config(cfg: Config) -> Config:
 
 
 def parse_options(pairs: list[str] | None) -> dict[str, Any]:
-    """Turn the words after ``--cfg-options`` (``key=value``) into a dict; values as in MMEngine (numbers, lists, tuples).
+    """Turn the words after ``--cfg-options`` (``key=value``) into a dict, see `parse_value`.
 
     Raises:
-        ConfigError: a word has no ``=``.
+        ConfigError: a word has no ``=``, or its value cannot be read.
     """
     options = {}
     for pair in pairs or []:
         key, sign, value = pair.partition("=")
         if not sign:
             raise ConfigError(f"--cfg-options {pair}: write key=value, e.g. train_dataloader.batch_size=4")
-        # MMEngine's parser of lists drops every space, which a path may need.
-        parse = DictAction._parse_iterable if set(value) & set("[](),") else DictAction._parse_int_float_bool
-        options[key] = parse(value.strip("'\""))
+        try:
+            options[key] = parse_value(value)
+        except (SyntaxError, ValueError, AssertionError, RecursionError) as error:  # MMEngine's are the last two
+            raise ConfigError(
+                f"--cfg-options {pair}: the value cannot be read; write a number, a word, a list or a tuple, or as in a "
+                'config file dict(type="Name", size=(64, 64))'
+            ) from error
     return options
+
+
+def parse_value(text: str) -> Any:
+    """Return an option's value: with a ``dict(`` in it as a config file has it, else as MMEngine (numbers, lists, tuples)."""
+    if "dict(" in text:
+        return ast.literal_eval(_DictCalls().visit(ast.parse(text.strip(), mode="eval")))
+    # MMEngine's parser of lists drops every space, which a path may need.
+    parse = DictAction._parse_iterable if set(text) & set("[](),") else DictAction._parse_int_float_bool
+    return parse(text.strip("'\""))
+
+
+class _DictCalls(ast.NodeTransformer):
+    """Write dict(key=value, ...) as {"key": value, ...}, which is a literal."""
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        names = [word.arg for word in node.keywords]
+        if not isinstance(node.func, ast.Name) or node.func.id != "dict" or node.args or None in names:
+            return node
+        return ast.Dict([ast.Constant(name) for name in names], [word.value for word in node.keywords])
 
 
 def read_config_file(path: Path, depth: int = 0) -> dict:
