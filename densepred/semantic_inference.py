@@ -83,8 +83,9 @@ def check_sliding(sliding: dict | None) -> None:
     """Raise ``ValueError`` unless ``sliding`` is None or has a size and a stride that leave no pixel out."""
     if sliding is None:
         return
-    if set(sliding) != {"size", "stride"}:
-        raise ValueError(f"model.sliding={sliding}: give size=(height, width) and stride=(rows, columns)")
+    pairs = [isinstance(value, Sequence) and [type(side) for side in value] == [int, int] for value in sliding.values()]
+    if set(sliding) != {"size", "stride"} or not all(pairs):
+        raise ValueError(f"model.sliding={sliding}: give size=(height, width) and stride=(rows, columns) in pixels")
     for size, stride in zip(sliding["size"], sliding["stride"], strict=True):
         if not 0 < stride <= size:
             raise ValueError(f"model.sliding={sliding}: a stride must be at least 1 and at most the window's size")
@@ -94,5 +95,5 @@ def check_tta(tta: dict | None) -> None:
     """Raise ``ValueError`` unless ``tta`` is None or has positive scales and a flag for mirrored copies."""
     if tta is None:
         return
-    if set(tta) != {"scales", "flip"} or not tta["scales"] or min(tta["scales"]) <= 0:
+    if set(tta) != {"scales", "flip"} or not isinstance(tta["scales"], Sequence) or min(tta["scales"], default=0) <= 0:
         raise ValueError(f"model.tta={tta}: give scales=(factors above 0) and flip=True or False")

@@ -137,7 +137,11 @@ def test_one_window_and_one_copy_are_the_plain_prediction():
         (dict(sliding=dict(size=(8, 8))), "stride"),
         (dict(sliding=dict(size=(8, 8), stride=(8, 9))), "at most the window"),
         (dict(sliding=dict(size=(8, 8), stride=(0, 8))), "at least 1"),
+        (dict(sliding=dict(size=40, stride=24)), "give size="),
+        (dict(sliding=dict(size=(8, 8, 8), stride=(8, 8))), "give size="),
+        (dict(sliding=dict(size=(8.0, 8.0), stride=(4, 4))), "give size="),
         (dict(tta=dict(scales=(), flip=True)), "scales"),
+        (dict(tta=dict(scales=1.0, flip=True)), "scales"),
         (dict(tta=dict(scales=(1.0, -1), flip=True)), "above 0"),
     ],
 )
