@@ -169,11 +169,14 @@ PRETRAINED = [("mmpretrain", name) for name in ENCODERS if name != "MiT"] + [
 def classifier_of(encoder, source):
     """Return a classifier's checkpoint with the encoder's weights, as mmpretrain or the recipes' files hold them."""
     official = to_official(encoder.state_dict(), source)
-    official = {k: v for k, v in official.items() if not re.match(r"(backbone\.)?norm[012]\.", k)}
+    official = {k: v for k, v in official.items() if not re.match(r"backbone\.norm[012]\.|norm\d\.", k)}
     bare = source == "mmsegmentation-encoder"
     prefix, classifier = ("", "fc.") if bare else ("backbone.", "head.fc.")
     if "Swin" in type(encoder).__name__:
         official[f"{prefix}stages.0.blocks.0.attn.w_msa.relative_position_index"] = torch.zeros(16, 16)
+        if bare:  # the authors' file, renamed
+            leftovers = ("stages.1.blocks.1.attn_mask", "norm.weight", "norm.bias")
+            official |= {key: torch.zeros(8) for key in leftovers}
     if type(encoder).__name__ == "MobileNetV2":
         official["backbone.conv2.conv.weight"] = torch.zeros(1280, 320, 1, 1)
     return official | {f"{classifier}weight": torch.zeros(10, 8), f"{classifier}bias": torch.zeros(10)}
@@ -189,3 +192,16 @@ def test_a_classifier_fills_an_encoder(source, name, tmp_path):
     assert "dropped by rule: " in report
     assert ("kept as initialised: norm0.weight" in report) == (name in ("Swin", "ConvNeXt"))
     assert_same(fresh.state_dict(), trained.state_dict())
+
+
+def test_a_norm_before_the_classifier_may_have_no_place():
+    norm = {"backbone.norm3.weight": torch.ones(32), "backbone.norm3.bias": torch.zeros(32)}
+    trained = MODELS.build(dict(ENCODERS["ConvNeXt"], output_norm=False))
+    official = classifier_of(trained, "mmpretrain") | norm
+    assert_same(convert_state_dict(official, "mmpretrain", trained), trained.state_dict())
+    segmentor = build(dict(ENCODERS["ConvNeXt"], out_features=("res2", "res3", "res4")))
+    converted = convert_state_dict(official, "mmpretrain", segmentor)
+    assert list(converted) == [key for key in segmentor.state_dict() if key.startswith("encoder.")]
+    with pytest.raises(ValueError, match="2 unknown to the model: norm4"):
+        wrong = {key.replace("norm3", "norm4"): value for key, value in norm.items()}
+        convert_state_dict(official | wrong, "mmpretrain", trained)

@@ -68,7 +68,8 @@ def _convert(official: Mapping[str, Tensor], source: str, model: nn.Module) -> _
     renamed = _joined(_renamed(official, source, model))
     # A frozen norm counts no steps.
     unused = [k for k in renamed if k.endswith(COUNTER) and k not in own and f"{k[: -len(COUNTER)]}running_var" in own]
-    renamed = {key: value for key, value in renamed.items() if key not in unused}
+    spare = [k for k in renamed if k not in own and re.fullmatch(rules.spare, k.removeprefix(inside))]
+    renamed = {key: value for key, value in renamed.items() if key not in {*unused, *spare}}
     counters = [key for key in own if key.endswith(COUNTER) and key not in renamed]
     renamed |= {key: torch.zeros((), dtype=torch.int64) for key in counters}
     kept = [key for key in own if key not in renamed and re.fullmatch(rules.kept, key.removeprefix(inside))]
@@ -81,6 +82,7 @@ def _convert(official: Mapping[str, Tensor], source: str, model: nn.Module) -> _
         f"from {len(official)} keys of {source}",
         _counted("dropped by rule", [key for key in official if re.fullmatch(rules.dropped, key)]),
         _counted("not in files of this kind, kept as initialised", kept),
+        _counted("not in this model, left out", spare),
         f"{len(counters)} absent step counters set to 0" if counters else "",
         f"{len(unused)} step counters left out: the norms are frozen" if unused else "",
     )

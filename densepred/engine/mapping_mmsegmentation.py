@@ -103,7 +103,9 @@ PRETRAINED_FINGERPRINT = (
     r"head\.fc\.",
 )
 
-BARE_DROPPED = rf"fc\..*|{DROPPED}"
+BARE_DROPPED = rf"(fc|norm)\..*|.*\.attn_mask|{DROPPED}"
+"""The classifier, Swin's norm before it, and masks that follow from the size of ImageNet's images."""
+
 BARE_FINGERPRINT = (
     r"stem\.0\.weight|patch_embed\.projection\.weight",
     r"layer1\.0\.conv1\.weight|stages\.0\.blocks\.0\.attn\.w_msa\.",

@@ -38,6 +38,7 @@ class Source:
         fingerprint: patterns of which each must match the start of some key of a file in this format.
         encoder_only: holds an encoder's weights alone.
         kept: our keys (by full match) that a file in this format may lack: the model keeps its own values there.
+        spare: our keys (by full match) that a file in this format may hold though the model has no such layer: left out.
         fused: our keys whose query, key and value this format holds one by one; the renamings then deal in names of
             parts, see `mapping_mask2former.PARTS`.
         import_values: of the official weights, once those dropped are gone and before the renaming: whatever is more than a
@@ -52,6 +53,7 @@ class Source:
     fingerprint: tuple[str, ...]
     encoder_only: bool = True
     kept: str = ""
+    spare: str = ""
     fused: str = ""
     import_values: Callable[[Weights], Weights] = dict
     export_values: Callable[[Weights], Weights] = dict
@@ -327,6 +329,7 @@ SOURCES = {
         dropped=mmsegmentation.PRETRAINED_DROPPED,
         fingerprint=mmsegmentation.PRETRAINED_FINGERPRINT,
         kept=_STAGE_NORMS,
+        spare=_STAGE_NORMS,  # its last one stands before the classifier, whatever maps a model hands on
         import_values=mmsegmentation.import_values,
         export_values=mmsegmentation.export_values,
     ),
