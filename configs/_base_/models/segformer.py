@@ -1,5 +1,6 @@
-"""SegFormer on MiT (NeurIPS 2021, arXiv:2105.15203) with mmsegmentation's head; decoder.form="nvidia" has the authors'.
+"""SegFormer on MiT (NeurIPS 2021, arXiv:2105.15203) with mmsegmentation's head.
 
+The authors' network: decoder.form="nvidia", decoder.channels=768 (256 for B0 and B1), encoder.reduction_norm_eps=1e-5.
 The published training starts the encoder from ImageNet weights (encoder.init_cfg).
 """
 
