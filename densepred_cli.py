@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 
-ERRORS_OF_USERS = (ValueError, FileNotFoundError, FloatingPointError)
+ERRORS_OF_USERS = (ValueError, OSError, FloatingPointError)
 """Shown as one message without a stack trace, unless DENSEPRED_TRACEBACK is set."""
 
 BOUNDARY = (

@@ -248,6 +248,15 @@ def test_options_that_do_not_fit(maps, options, message):
         evaluate_semantic("--gt", maps[0], "--pred", maps[1], *options)
 
 
+def test_a_place_that_cannot_be_written_is_one_message(maps, monkeypatch, tmp_path):
+    file = tmp_path / "taken"
+    file.touch()
+    words = ["--gt", maps[0], "--pred", maps[1], "--dataset", "camvid", "--out", file / "figures.json"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "semantic", *map(str, words)])
+    with pytest.raises(SystemExit, match=r"densepred evaluate: .*File exists: .*taken"):
+        densepred_cli.main("evaluate")
+
+
 WRONG_PREDICTIONS = {
     "missing": (None, FileNotFoundError, r"1 of 2 predictions are missing, the first is .*pred/b.png"),
     "another size": ([[4, 4], [0, 0]], ValueError, r"pred/b.png .*prediction is 2x2 pixels and the ground truth 1x3"),
