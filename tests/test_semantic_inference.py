@@ -99,26 +99,43 @@ def sample(img_shape, ori_shape) -> SegSample:
     return SegSample(metainfo=dict(img_shape=img_shape, ori_shape=ori_shape, pad_shape=(64, 96)))
 
 
+SLIDING = dict(size=(33, 41), stride=(20, 30))
+
+
 @pytest.mark.parametrize(
     "options",
     [
         dict(tta=dict(scales=(0.5, 1.0, 1.7), flip=True)),
-        dict(sliding=dict(size=(33, 41), stride=(20, 30))),
-        dict(sliding=dict(size=(33, 41), stride=(20, 30)), tta=dict(scales=(0.5, 1.0), flip=True)),
+        dict(tta=dict(scales=(0.5, 1.0), flip=True), sliding=SLIDING),
     ],
 )
 @torch.no_grad()
-def test_a_padded_image_of_a_batch_is_predicted_as_if_alone(options):
+def test_augmentation_predicts_a_padded_image_of_a_batch_as_if_alone(options):
     model = small_model(**options)
     inputs = torch.randn(2, 3, 64, 96)
     inputs[1, :, 50:], inputs[1, :, :, 70:] = 0, 0
     samples = model(inputs, [sample((64, 96), (128, 192)), sample((50, 70), (75, 105))], mode="predict")
     assert [tuple(s.pred_semantic.shape) for s in samples] == [(128, 192), (75, 105)]
-    if "tta" in options:
-        crop = inputs[1:, :, :50, :70]
-        alone = SegSample(metainfo=dict(img_shape=(50, 70), ori_shape=(75, 105), pad_shape=(50, 70)))
-        (expected,) = model(crop, [alone], mode="predict")
-        assert torch.equal(samples[1].pred_semantic, expected.pred_semantic)
+    crop = inputs[1:, :, :50, :70]
+    alone = SegSample(metainfo=dict(img_shape=(50, 70), ori_shape=(75, 105), pad_shape=(50, 70)))
+    (expected,) = model(crop, [alone], mode="predict")
+    assert torch.equal(samples[1].pred_semantic, expected.pred_semantic)
+
+
+@torch.no_grad()
+def test_a_sliding_model_predicts_from_the_logits_of_its_windows():
+    model, inputs = small_model(sliding=SLIDING), torch.randn(2, 3, 64, 96)
+    samples = model(inputs, [sample((64, 96), (64, 96)), sample((50, 70), (50, 70))], mode="predict")
+    total, visits = torch.zeros(2, CLASSES, 64, 96), torch.zeros(64, 96)
+    for top in (0, 20, 31):
+        for left in (0, 30, 55):
+            window = slice(top, top + 33), slice(left, left + 41)
+            logits = model(inputs[(..., *window)])["sem_logits"]
+            total[(..., *window)] += F.interpolate(logits, (33, 41), mode="bilinear")
+            visits[window] += 1
+    expected = (total / visits).argmax(1)
+    assert torch.equal(samples[0].pred_semantic, expected[0])
+    assert torch.equal(samples[1].pred_semantic, expected[1, :50, :70])
 
 
 @torch.no_grad()
