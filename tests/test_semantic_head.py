@@ -183,6 +183,8 @@ def test_half_precision_learns_in_full():
             "no loss is named 'CrossEntropyLos'; did you mean 'CrossEntropyLoss'",
         ),
         (dict(losses=[dict(type="LovaszLoss", class_weight=[1.0])]), "class_weight has 1 values, but the head has 4"),
+        (dict(losses=[dict(type="CategoryConsistentLoss")]), r"goes to head\.embedding_loss"),
+        (dict(auxiliary=dict(losses=[dict(type="CategoryConsistentLoss")])), r"goes to head\.embedding_loss"),
     ],
 )
 def test_configs_that_mean_nothing(options, message):

@@ -98,7 +98,8 @@ class SemanticHead(nn.Module):
 
     Raises:
         ValueError: ``binary`` with other than 2 classes, an auxiliary index that the encoder lacks, ``deep_weights`` of another
-            length than ``deep_channels``, an unknown loss or an unknown key of ``auxiliary``.
+            length than ``deep_channels``, an unknown loss or one on embeddings among ``losses``, an unknown key of
+            ``auxiliary``.
     """
 
     thing_classes = None  # whether a class is a thing makes no difference here
@@ -138,6 +139,7 @@ class SemanticHead(nn.Module):
         self.deep_classifiers = nn.ModuleList(classifier(c, outputs, kernel_size, bias) for c in deep_channels)
         self.classifier = classifier(in_channels, outputs, kernel_size, bias)
         self.losses = build_losses(losses, num_classes)
+        require_names(self.losses)
         self.embedding_loss = build_losses([embedding_loss], num_classes)[0] if embedding_loss else None
         self.auxiliary = None
         if auxiliary is not None:
@@ -153,6 +155,7 @@ class SemanticHead(nn.Module):
         self.auxiliary_index = index
         self.auxiliary_weight = settings["weight"]
         self.auxiliary_losses = build_losses(settings["losses"], self.num_classes)
+        require_names(self.auxiliary_losses)
         layers = {key: settings[key] for key in ("channels", "bias", "negative_slope")}
         self.auxiliary = AuxiliaryHead(encoder_channels[index], outputs, dropout=dropout, **layers)
 
@@ -282,6 +285,15 @@ def build_losses(configs: Sequence[dict], num_classes: int) -> nn.ModuleList:
                 f"{config['type']}.class_weight has {len(weights)} values, but the head has {num_classes} classes"
             )
     return nn.ModuleList(MODELS.build(config) for config in configs)
+
+
+def require_names(losses: nn.ModuleList) -> None:
+    """Raise ``ValueError`` unless all are losses on logits, which have a name to be logged under."""
+    for loss in losses:
+        if not hasattr(loss, "name"):
+            raise ValueError(
+                f"head.losses: {type(loss).__name__} is no loss on logits; a loss on embeddings goes to head.embedding_loss"
+            )
 
 
 def auxiliary_settings(auxiliary: dict) -> dict:
