@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import densepred
 from densepred.decoders.kmax import ConvBN, Fusion, KMaXPixelDecoder
-from densepred.heads.kmax import Predictor, drop_path, resize_aux_output, strided_targets
+from densepred.heads.kmax import Predictor, resize_aux_output, strided_targets
 from densepred.structures import PanopticMap, SegSample
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -175,17 +175,6 @@ def test_mask_scale_reaches_every_predictor():
     out = model(torch.randn(2, 3, 65, 97), mode="tensor")
     assert abs(out["pred_masks"].std() - 2.0) < 0.01
     assert {part.mask_norm.weight.item() for part in model.modules() if isinstance(part, Predictor)} == {2.0}
-
-
-def test_drop_path_drops_whole_samples():
-    torch.manual_seed(0)
-    x = torch.ones(4000, 2, 3)
-    dropped = drop_path(x, 0.2, training=True)
-    values = dropped.flatten(1)
-    assert torch.equal(values.amin(1), values.amax(1)), "a sample is kept or dropped as a whole"
-    assert set(values[:, 0].unique().tolist()) == {0.0, 1.25}
-    assert abs((values[:, 0] == 0).float().mean() - 0.2) < 0.02
-    assert drop_path(x, 0.2, training=False) is x
 
 
 # Targets and losses ---------------------------------------------------------------------------------------------------

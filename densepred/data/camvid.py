@@ -12,11 +12,6 @@ from densepred.structures import IGNORE_INDEX
 
 VOID = 11
 """Label of unlabelled pixels in the files."""
-CLASS_WEIGHTS = (0.2595, 0.1826, 4.5640, 0.1417, 0.9051, 0.3826, 9.6446, 1.8418, 0.6823, 6.2478, 7.3614)
-"""Weights of the classes in SegNet's published training, in the order of ``CamVid.METAINFO``, as they stand there.
-
-They are no function of these labels' pixel counts: sign and fence are equally rare and weigh five times apart.
-"""
 
 
 @DATASETS.register_module()

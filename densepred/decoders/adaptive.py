@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from densepred.decoders.kmax import upcast
+from densepred.ops.precision import upcast
 from densepred.registry import MODELS
 from densepred.structures import Features
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from densepred.ops.precision import upcast
 from densepred.registry import MODELS
 from densepred.structures import Features
 
@@ -29,11 +30,6 @@ def batch_norm(channels: int, dims: int) -> nn.Module:
     """Return a BatchNorm over ``dims`` axes with kMaX's constants; distributed training makes it synchronised."""
     kind = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}[dims]
     return kind(channels, eps=1e-3, momentum=0.01)
-
-
-def upcast(x: Tensor) -> Tensor:
-    """Return half precision as float32 and leave float32 and float64 alone."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class ConvBN(nn.Module):

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from densepred.engine import mapping_mmsegmentation as mmsegmentation
-from densepred.engine import mapping_segformer as segformer
+import densepred.engine.mapping_mmsegmentation as mmsegmentation
+import densepred.engine.mapping_segformer as segformer
 from densepred.engine.mapping_mask2former import OFFICIAL, renamer
 
 _MIT_NORM = re.compile(r"backbone\.(mit_)?norm([1-4])\.")

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from densepred.engine import mapping_ccnet as ccnet
-from densepred.engine import mapping_mmsegmentation as mmsegmentation
-from densepred.engine import mapping_segformer as segformer
-from densepred.engine import mapping_unetpp as unetpp
-from densepred.engine import mapping_vwformer as vwformer
+import densepred.engine.mapping_ccnet as ccnet
+import densepred.engine.mapping_mmsegmentation as mmsegmentation
+import densepred.engine.mapping_segformer as segformer
+import densepred.engine.mapping_unetpp as unetpp
+import densepred.engine.mapping_vwformer as vwformer
 from densepred.engine.mapping_efficientnet_lite import efficientnet_lite_to_ours, ours_to_efficientnet_lite
 from densepred.engine.mapping_mask2former import (
     official_to_ours,

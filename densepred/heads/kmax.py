@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from densepred.decoders.kmax import NUM_HEADS, ConvBN, batch_norm, truncated_normal_, upcast
+from densepred.decoders.kmax import NUM_HEADS, ConvBN, batch_norm, truncated_normal_
+from densepred.encoders.convnext import drop_path
 from densepred.errors import nearest
 from densepred.heads.aux_semantic import AUX_SEMANTIC_HEADS, classifier, depthwise_5x5
 from densepred.heads.kmax_inference import (
@@ -23,20 +24,13 @@ from densepred.heads.kmax_inference import (
     semantic_inference,
 )
 from densepred.ops.kmeans_attention import kmeans_attention
+from densepred.ops.precision import upcast
 from densepred.registry import MODELS
 from densepred.structures import Features, PanopticMap, SegSample, segment_masks
 
 VOID_PRIOR = 0.9
 """Probability of the void class that the constant on its logit stands for, all other logits being equal."""
 TASKS = ("panoptic", "semantic", "instance")
-
-
-def drop_path(x: Tensor, probability: float, training: bool) -> Tensor:
-    """Zero a residual branch (B, C, Q) sample by sample in training, and rescale the others."""
-    if not training or probability == 0.0:
-        return x
-    kept = x.new_empty((x.shape[0], 1, 1)).bernoulli_(1 - probability)
-    return x * kept / (1 - probability)
 
 
 class Predictor(nn.Module):
@@ -141,7 +135,7 @@ class KMaXTransformerLayer(nn.Module):
         return self.kmeans_out(self.kmeans_norm(sums.to(self.kmeans_norm.weight.dtype)))
 
     def _drop(self, x: Tensor) -> Tensor:
-        return drop_path(x, self.drop_path, self.training)
+        return drop_path(x, self.drop_path if self.training else 0.0)
 
 
 def resize_aux_output(output: dict[str, Tensor], size: Sequence[int]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from densepred.decoders.kmax import upcast
+from densepred.ops.precision import upcast
 from densepred.structures import PanopticMap
 
 MAX_INSTANCES = 100

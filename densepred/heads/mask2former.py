@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from densepred.decoders.deformable import NUM_LEVELS, PointwiseConv, sine_positions
 from densepred.errors import nearest
 from densepred.heads.mask2former_inference import instance_inference, panoptic_inference, semantic_inference
+from densepred.heads.resizing import resize
 from densepred.registry import MODELS
 from densepred.structures import IGNORE_INDEX, Features, SegSample, segment_masks
 
@@ -299,11 +300,6 @@ class Mask2FormerHead(nn.Module):
                 logits, masks, *shapes, self.thing_classes, self.max_instances
             )
         return results
-
-
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize (B, C, H, W) bilinearly; corners are not aligned."""
-    return F.interpolate(x, size=size, mode="bilinear")
 
 
 def _check_widths(level_channels: Sequence[int], embed_dim: int, num_heads: int) -> None:

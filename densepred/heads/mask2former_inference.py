@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from densepred.decoders.kmax import upcast
 from densepred.heads.kmax_inference import mask_boxes
 from densepred.heads.resizing import Size, linear_taps, logit_bands, resize_to_file, resized, row_bands, swapped
+from densepred.ops.precision import upcast
 from densepred.structures import PanopticMap
 
 EPSILON = 1e-6

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densepred.decoders.kmax import upcast
+from densepred.ops.precision import upcast
 
 BAND_BYTES = 64 << 20
 """What all temporary tensors of a band may take together on an accelerator (at least one row is done at a time)."""
@@ -73,6 +73,13 @@ def linear_taps(n_in: int, n_out: int, align_corners: bool = False) -> Taps:
     high = (low + 1).clamp(max=n_in - 1)
     weight = places - low
     return Taps(torch.stack([low, high], 1), torch.stack([1 - weight, weight], 1))
+
+
+def resize(logits: Tensor, size: Size, align_corners: bool = False) -> Tensor:
+    """Return (B, C, h, w) at a size (H, W), bilinearly."""
+    if tuple(logits.shape[-2:]) == tuple(size):
+        return logits
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 
 def resize_to_file(

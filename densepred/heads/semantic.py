@@ -14,13 +14,12 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 
 from densepred.errors import nearest
-from densepred.heads.resizing import Size, logit_bands, resize_to_file
-from densepred.losses.semantic import full_precision
+from densepred.heads.resizing import Size, logit_bands, resize, resize_to_file
+from densepred.ops.precision import upcast
 from densepred.registry import MODELS
 from densepred.structures import IGNORE_INDEX, Features, SegSample
 
@@ -215,7 +214,7 @@ class SemanticHead(nn.Module):
         return losses
 
     def _resized(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return resize(full_precision(logits), labels.shape[-2:], self.align_corners)
+        return resize(upcast(logits), labels.shape[-2:], self.align_corners)
 
     def _checked(self, labels: Tensor, samples: list[SegSample]) -> Tensor:
         """Return the labels with those out of range ignored; complain now on a CPU, at the next call elsewhere."""
@@ -237,11 +236,11 @@ class SemanticHead(nn.Module):
 
         Deep logits of another size are resized to that of ``sem_logits`` first; without any these are final already.
         """
-        logits = full_precision(outputs["sem_logits"])
+        logits = upcast(outputs["sem_logits"])
         deep = outputs.get("deep_logits") if self.average_deep else None
         if not deep:
             return logits
-        heads = [resize(full_precision(x), logits.shape[-2:], self.align_corners) for x in deep]
+        heads = [resize(upcast(x), logits.shape[-2:], self.align_corners) for x in deep]
         log_probs = torch.stack([x.log_softmax(1) for x in [*heads, logits]])  # (L + 1, B, C, h, w)
         return log_probs.logsumexp(0) - math.log(len(log_probs))
 
@@ -355,13 +354,6 @@ def pixel_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     valid = labels != IGNORE_INDEX
     right = (logits.argmax(1) == labels) & valid
     return 100 * right.sum() / valid.sum().clamp(min=1)
-
-
-def resize(logits: Tensor, size: Size, align_corners: bool) -> Tensor:
-    """Return (B, C, h, w) at a size (H, W), bilinearly."""
-    if tuple(logits.shape[-2:]) == tuple(size):
-        return logits
-    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 
 # Prediction -----------------------------------------------------------------------------------------------------------

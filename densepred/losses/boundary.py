@@ -9,7 +9,8 @@ import torch
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor, nn
 
-from densepred.losses.semantic import full_precision, mean_over_entries
+from densepred.losses.semantic import mean_over_entries
+from densepred.ops.precision import upcast
 from densepred.registry import MODELS
 from densepred.structures import IGNORE_INDEX
 
@@ -62,5 +63,5 @@ class BoundaryLoss(nn.Module):
         self.loss_weight, self.name = loss_weight, name
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        losses = boundary_map(full_precision(logits).softmax(1), labels)[:, self.first :]  # (B, C', H, W)
+        losses = boundary_map(upcast(logits).softmax(1), labels)[:, self.first :]  # (B, C', H, W)
         return self.loss_weight * mean_over_entries(losses, labels, "valid")

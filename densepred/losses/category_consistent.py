@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from densepred.losses.semantic import full_precision
+from densepred.ops.precision import upcast
 from densepred.registry import MODELS
 from densepred.structures import IGNORE_INDEX
 
@@ -37,7 +37,7 @@ def category_consistent_loss(
     """
     labels = labels.flatten()  # (N,)
     valid = labels != IGNORE_INDEX
-    pixels = full_precision(features).movedim(1, -1).flatten(0, 2)  # (N, D)
+    pixels = upcast(features).movedim(1, -1).flatten(0, 2)  # (N, D)
     pixels = torch.where(valid[:, None], pixels, 0)
     # A row for every label there may be: no size depends on the labels, so that no device is waited for.
     counts = torch.zeros(IGNORE_INDEX + 1, dtype=pixels.dtype, device=pixels.device).index_add(

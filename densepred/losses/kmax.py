@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from densepred.losses.matcher import hungarian_match
+from densepred.ops.precision import upcast
 from densepred.registry import MODELS
 
 WEIGHT_FLOOR = 1e-5
@@ -313,11 +314,6 @@ def target_stride(target_size: tuple[int, int], pred_size: tuple[int, int]) -> i
 # The criterion --------------------------------------------------------------------------------------------------------
 
 
-def _full(x: Tensor) -> Tensor:
-    """Return at least float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _numbered(outputs: dict) -> list[tuple[str, dict]]:
     """Return the final output and the intermediate ones, each with the suffix of its terms' names."""
     return [("", outputs), *((f"_{i}", aux) for i, aux in enumerate(outputs.get("aux_outputs") or []))]
@@ -418,7 +414,7 @@ class KMaXCriterion(nn.Module):
             ValueError: sizes or classes of outputs and targets disagree, or the predictions are not finite.
         """
         with torch.autocast(outputs["pred_masks"].device.type, enabled=False):
-            final = _full(outputs["pred_masks"])
+            final = upcast(outputs["pred_masks"])
             check_targets(outputs, targets, self.num_classes)
             noise = noise or _torch_noise(final.device, final.dtype)
             masks = [t["masks"].flatten(1).to(final.dtype) for t in targets]
@@ -434,20 +430,20 @@ class KMaXCriterion(nn.Module):
         return losses
 
     def _match(self, output: dict, masks: list[Tensor], labels: list[Tensor]) -> MatchedTargets:
-        logits, mask_logits = _full(output["pred_logits"]), _full(output["pred_masks"]).flatten(2)
+        logits, mask_logits = upcast(output["pred_logits"]), upcast(output["pred_masks"]).flatten(2)
         return match_targets(logits, mask_logits, masks, labels)
 
     def _output_losses(self, output: dict, matched: MatchedTargets, suffix: str, noise: Noise) -> dict[str, Tensor]:
-        mask_logits = _full(output["pred_masks"]).flatten(2)  # (B, Q, P)
+        mask_logits = upcast(output["pred_masks"]).flatten(2)  # (B, Q, P)
         log_probs = matched_log_probs(mask_logits, matched.query)  # (B, N, P)
         masked = matched.void if self.masking_void_pixel else None
         dice = pq_dice_loss(log_probs, matched.masks, matched.mask_weight, mask_logits.shape[1], masked)
-        ce = class_loss(_full(output["pred_logits"]), matched.labels, matched.class_weight)
+        ce = class_loss(upcast(output["pred_logits"]), matched.labels, matched.class_weight)
 
         name = "loss_pixel_insdis" + suffix
         void, area = matched.void, matched.inverse_area
         index = sampled_index(area, void, self.insdis_sample_k, self.insdis_temperature, noise, name)
-        feature = take_pixels(_full(output["pixel_feature"]).flatten(2), index)  # (B, D, K)
+        feature = take_pixels(upcast(output["pixel_feature"]).flatten(2), index)  # (B, D, K)
         insdis = instance_discrimination_loss(feature, take_pixels(matched.masks, index))
         return {
             "loss_ce": self.class_weight * ce,
@@ -466,6 +462,6 @@ class KMaXCriterion(nn.Module):
         k, temperature = self.aux_semantic_sample_k, self.aux_semantic_temperature
         void, inverse_area = strided(matched.void), strided(matched.inverse_area)
         index = sampled_index(inverse_area, void, k, temperature, noise, "loss_aux_semantic")
-        logits = take_pixels(_full(pred).flatten(2), index)  # (B, C, n)
+        logits = take_pixels(upcast(pred).flatten(2), index)  # (B, C, n)
         labels = take_pixels(strided(semantic.flatten(1)), index)  # (B, n)
         return self.aux_semantic_weight * semantic_loss(logits, labels)

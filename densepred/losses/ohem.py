@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from densepred.losses.semantic import class_weights, cross_entropy_map, full_precision, pixel_divisor
+from densepred.losses.semantic import class_weights, cross_entropy_map, pixel_divisor
+from densepred.ops.precision import upcast
 from densepred.registry import MODELS
 from densepred.structures import IGNORE_INDEX
 
@@ -157,7 +158,7 @@ class OHEMCrossEntropyLoss(nn.Module):
         self.loss_weight, self.name = loss_weight, name
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        logits = full_precision(logits)
+        logits = upcast(logits)
         losses = cross_entropy_map(logits, labels)  # (B, H, W)
         weights = class_weights(self.class_weight, losses)
         weighted = losses if weights is None else losses * weights[labels.clamp(max=len(weights) - 1)]

@@ -18,17 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from densepred.ops.precision import upcast
 from densepred.registry import MODELS
 from densepred.structures import IGNORE_INDEX
 
 EPSILON = torch.finfo(torch.float32).eps
 """Added to divisors that may be 0, as mmsegmentation does."""
 AVERAGES = ("valid", "all")
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """Return half precision as float32; leave float32 and float64 alone."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def one_hot(labels: Tensor, num_classes: int, like: Tensor) -> Tensor:
@@ -60,7 +56,7 @@ def cross_entropy_map(
     logits: Tensor, labels: Tensor, class_weight: Sequence[float] | None = None, ignore_index: int = IGNORE_INDEX
 ) -> Tensor:
     """Return the softmax cross entropy of every pixel (B, H, W), weighted by class; 0 where ignored."""
-    logits = full_precision(logits)
+    logits = upcast(logits)
     weights = class_weights(class_weight, logits)
     return F.cross_entropy(logits, labels, weights, ignore_index=ignore_index, reduction="none")
 
@@ -120,7 +116,7 @@ def binary_cross_entropy_map(logits: Tensor, labels: Tensor, pos_weight: Sequenc
         labels: (B, H, W) int64, 0..C-1 or 255 = ignored.
         pos_weight: of each class, a factor on its own pixels' losses.
     """
-    logits = full_precision(logits)
+    logits = upcast(logits)
     weights = class_weights(pos_weight, logits)
     weights = weights if weights is None else weights[:, None, None]
     targets = one_hot(labels, logits.shape[1], logits)
@@ -233,7 +229,7 @@ class DiceLoss(nn.Module):
         self.loss_weight, self.name = loss_weight, name
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        logits = full_precision(logits)
+        logits = upcast(logits)
         probs = logits.sigmoid() if self.sigmoid else logits.softmax(1)
         valid = (labels != IGNORE_INDEX)[:, None]  # (B, 1, H, W)
         targets = one_hot(labels, logits.shape[1], logits)
@@ -334,7 +330,7 @@ class LovaszLoss(nn.Module):
         Raises:
             ValueError: ``hinge`` with other than two classes.
         """
-        logits = full_precision(logits)
+        logits = upcast(logits)
         if self.hinge and logits.shape[1] != 2:
             raise ValueError(f"LovaszLoss: hinge=True needs two classes, the logits have {logits.shape[1]}")
         parts = list(zip(logits.split(1), labels.split(1), strict=True)) if self.per_image else [(logits, labels)]
