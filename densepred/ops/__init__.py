@@ -2,13 +2,16 @@
 
 from densepred.ops.criss_cross_attention import criss_cross_attention, criss_cross_attention_3d
 from densepred.ops.kmeans_attention import kmeans_attention
+from densepred.ops.modulated_deform_conv2d import ModulatedDeformConv2d, modulated_deform_conv2d
 from densepred.ops.ms_deform_attn import ms_deform_attn
 from densepred.ops.varying_window_attention import varying_window_attention
 
 __all__ = [
+    "ModulatedDeformConv2d",
     "criss_cross_attention",
     "criss_cross_attention_3d",
     "kmeans_attention",
+    "modulated_deform_conv2d",
     "ms_deform_attn",
     "varying_window_attention",
 ]
