@@ -2,6 +2,7 @@
 
 from densepred.encoders.convnext import ConvNeXt
 from densepred.encoders.efficientnet_lite import EfficientNetLite
+from densepred.encoders.hourglass import Hourglass
 from densepred.encoders.mit import MixVisionTransformer
 from densepred.encoders.mobilenet_v2 import MobileNetV2
 from densepred.encoders.resnet import ResNet
@@ -11,6 +12,7 @@ from densepred.encoders.unet import UNetEncoder
 __all__ = [
     "ConvNeXt",
     "EfficientNetLite",
+    "Hourglass",
     "MixVisionTransformer",
     "MobileNetV2",
     "ResNet",
