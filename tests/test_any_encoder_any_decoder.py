@@ -26,6 +26,7 @@ ENCODERS = {
 }
 DECODERS = {
     "fcn": dict(type="FCNDecoder", channels=16),
+    "fpn": dict(type="FPNDecoder", pyramid_channels=24, channels=16),
     "psp": dict(type="PSPDecoder", channels=16),
     "aspp": dict(type="ASPPDecoder", channels=16, dilations=(1, 2, 3)),
     "uper": dict(type="UPerDecoder", channels=16),
