@@ -1,5 +1,6 @@
 PYTHON ?= python3
 EXTRAS ?= tensorboard
+JOBS ?= 2
 PY := .venv/bin/python
 STAMP = .venv/ready-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-$(EXTRAS)
 export NO_ALBUMENTATIONS_UPDATE := 1
@@ -25,11 +26,11 @@ demo: setup  ## write the Shapes set, train kMaX-DeepLab on it, evaluate, draw
 	$(PY) datasets/prepare_shapes.py datasets/shapes
 	$(PY) tools/train.py configs/kmax_r18_shapes.py --work-dir work_dirs/demo
 
-test:  ## the whole suite
+test:  ## the whole suite, in JOBS processes of one thread each
 	@$(MAKE) --no-print-directory setup EXTRAS=test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(JOBS) --dist loadfile
 
 clean:  ## remove the environment and the run outputs
 	rm -rf .venv work_dirs datasets/shapes
