@@ -65,6 +65,11 @@ def add_test(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tta", action="store_true", help="semantic: mean over six scales (0.5 to 1.75) and mirror images, slower"
     )
+    parser.add_argument(
+        "--oracle",
+        metavar="NAME,...",
+        help="polygons: put the truth in the place of these outputs: heatmap, offset, polygon, depth",
+    )
 
 
 def run_test(args: argparse.Namespace) -> None:
@@ -76,6 +81,8 @@ def run_test(args: argparse.Namespace) -> None:
         from densepred.semantic_inference import TTA
 
         options = {"model.tta": dict(TTA)} | options
+    if args.oracle:
+        options = {"model.head.oracle": args.oracle.split(",")} | options
     launched = runner.test(args.config, args.checkpoint, options, args.work_dir, args.launcher, args.out, args.show_dir)
     leave_processes()
     print(report.where_outputs_are(launched.work_dir))

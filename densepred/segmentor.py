@@ -108,6 +108,8 @@ class Segmentor(BaseModel):
             predictions = self.head.predict({"sem_logits": self._class_logits(inputs)}, metas)
         else:
             outputs = self.head(self.features(inputs, data_samples), deep_supervision=False)
+            if getattr(self.head, "oracle", ()):
+                outputs = self.head.apply_oracle(outputs, data_samples)
             predictions = self.head.predict(outputs, metas)
         for sample, fields in zip(data_samples, predictions, strict=True):
             for name, value in fields.items():

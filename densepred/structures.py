@@ -42,10 +42,14 @@ class SegSample(BaseDataElement):
     * ``gt_semantic``, ``pred_semantic``: (H, W) int64 tensor of classes; ground truth 255 = ignore;
     * ``gt_panoptic``, ``pred_panoptic``: `PanopticMap`;
     * ``gt_instances``, ``pred_instances``: MMEngine ``InstanceData`` with ``labels`` (N,), ``masks`` (N, H, W) bool,
-      ``bboxes`` (N, 4) xyxy pixels, predictions also ``scores`` (N,).
+      ``bboxes`` (N, 4) xyxy pixels, predictions also ``scores`` (N,); those of polygon models also ``polygons``
+      (N, V, 2) xy in pixels of the file and ``depths`` (N,), 0 = nearest, and masks only when asked;
+    * ``gt_polygons``: ``InstanceData`` with ``polygons`` (N, V, 2) xy in pixels of the network's input, ``labels`` (N,)
+      and ``depths`` (N,).
 
     Metadata: ``img_path``, ``img_id``, ``ori_shape`` (H, W) of the file, ``img_shape`` (H, W) after the transforms and
-    before padding, ``pad_shape`` (H, W) of the batch, ``label_path``.
+    before padding, ``pad_shape`` (H, W) of the batch, ``label_path``; for polygons ``affine`` (2, 3), pixels of the file ->
+    pixels of the input.
     """
 
 
