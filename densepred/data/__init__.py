@@ -11,6 +11,8 @@ from densepred.data.derived import GateDataset, LoadIdealDepth
 from densepred.data.image_folder import ImageFolderSegmentation
 from densepred.data.instances import CocoInstances, LoadInstances
 from densepred.data.loading import LoadImage, LoadPanoptic, LoadSemantic
+from densepred.data.polygon_window import CenterNetColorJitter, PolygonWindow
+from densepred.data.polygons import LoadPolygons
 from densepred.data.preprocessor import SegPreprocessor
 from densepred.data.sampler import SeekableSampler
 from densepred.data.transforms import (
@@ -32,6 +34,7 @@ __all__ = [
     "ADE20KSemantic",
     "Albumentations",
     "CamVid",
+    "CenterNetColorJitter",
     "CityscapesInstances",
     "CityscapesPanoptic",
     "CityscapesSemantic",
@@ -45,9 +48,11 @@ __all__ = [
     "LoadImage",
     "LoadInstances",
     "LoadPanoptic",
+    "LoadPolygons",
     "LoadSemantic",
     "PackSegInputs",
     "PadTo",
+    "PolygonWindow",
     "Redraw",
     "ResizeShortEdge",
     "ResizeToFit",

@@ -170,9 +170,9 @@ class LoadInstances(BaseTransform):
     """Make the objects of an image ``masks`` (N, H, W) bool and ``mask_labels`` (N,) int64; crowds are left out.
 
     They come from ``instances``, records as of `instance_records`, or else from ``instance_path``, an id map that
-    ``instance_table``, a `label_table` of its classes, translates. The masks have the size of the file, also after a
-    resize of the image: training pipelines load them before, and they are then resized by the nearest pixel (the
-    reference mapper resizes polygons and draws them after that).
+    ``instance_table``, a `label_table` of its classes, translates (with ``instance_divisor``, see `object_positions`). The
+    masks have the size of the file, also after a resize of the image: training pipelines load them before, and they are
+    then resized by the nearest pixel (the reference mapper resizes polygons and draws them after that).
 
     Raises:
         DamagedImageError: a mask or id map that cannot be decoded or is not of the photo's size.
@@ -185,7 +185,8 @@ class LoadInstances(BaseTransform):
             path = results["instance_path"]
             ids = read_label_map(path)
             require_size(ids.shape, path, results)
-            masks, labels = split_instance_ids(ids, results["instance_table"], path)
+            divisor = results.get("instance_divisor", OBJECT_DIVISOR)
+            masks, labels = split_instance_ids(ids, results["instance_table"], path, divisor)
         results["masks"] = masks  # (N, H, W)
         results["mask_labels"] = np.array(labels, np.int64)  # (N,)
         return results
@@ -218,29 +219,44 @@ def decode_masks(segmentations: list[list | dict], height: int, width: int) -> n
     return masks
 
 
-def split_instance_ids(ids: np.ndarray, table: np.ndarray, path: str) -> tuple[np.ndarray, list[int]]:
-    """Return the masks (N, H, W) bool and the classes of the objects in an id map, by ascending id.
+def split_instance_ids(
+    ids: np.ndarray, table: np.ndarray, path: str, divisor: int = OBJECT_DIVISOR
+) -> tuple[np.ndarray, list[int]]:
+    """Return the masks (N, H, W) bool and the classes of the objects in an id map, see `object_positions`."""
+    positions, labels = object_positions(ids, table, path, divisor)
+    masks = np.zeros((len(labels), *ids.shape), bool)
+    for i, box in enumerate(ndimage.find_objects(positions, len(labels))):
+        masks[i][box] = positions[box] == i + 1
+    return masks, labels
+
+
+def object_positions(
+    ids: np.ndarray, table: np.ndarray, path: str, divisor: int = OBJECT_DIVISOR
+) -> tuple[np.ndarray, list[int]]:
+    """Return (H, W) int32, 1..N where an object is and 0 elsewhere, and the N classes, by ascending id.
 
     Args:
-        ids: (H, W), ``class * 1000 + number`` for an object, the bare class elsewhere (also for groups of objects).
+        ids: (H, W), for an object ``class * divisor + number``. With Cityscapes' divisor of 1000 the numbers count from 0
+            and an id below 1000 is a bare class: no object, or a group of them. With any other (KITTI: 256) every id is
+            of that form, and number 0 means no object.
         table: `label_table` of the classes; those mapped to 255 have no objects that count.
         path: of the file, for messages.
+        divisor: what the class is multiplied by.
 
     Raises:
         DamagedImageError: a class that the table does not know.
     """
     numbers = np.flatnonzero(np.bincount(ids.ravel()))
-    isobject = numbers >= OBJECT_DIVISOR
-    labels = look_up(np.where(isobject, numbers // OBJECT_DIVISOR, numbers), table, path, unit="instance ids")
+    if divisor == OBJECT_DIVISOR:
+        isobject = numbers >= divisor
+        classes = np.where(isobject, numbers // divisor, numbers)
+    else:
+        isobject, classes = numbers % divisor > 0, numbers // divisor
+    labels = look_up(classes, table, path, unit="instance ids")
     kept = isobject & (labels != NO_OBJECT)
-    count = int(kept.sum())
     position = np.zeros(65536, np.int32)
-    position[numbers[kept]] = np.arange(1, count + 1)
-    positions = position[ids]  # (H, W), 0 = no object
-    masks = np.zeros((count, *ids.shape), bool)
-    for i, box in enumerate(ndimage.find_objects(positions, count)):
-        masks[i][box] = positions[box] == i + 1
-    return masks, labels[kept].tolist()
+    position[numbers[kept]] = np.arange(1, kept.sum() + 1)
+    return position[ids], labels[kept].tolist()
 
 
 def _packed(segmentation: list | dict, height: int, width: int) -> dict:

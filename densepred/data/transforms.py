@@ -460,14 +460,15 @@ class PackSegInputs(BaseTransform):
 
     The sample carries ``gt_panoptic`` (ids int32) when the results have ``panoptic``, ``gt_semantic`` (int64) when they
     have ``semantic``, ``gt_instances`` when they have ``masks`` (those without a pixel are left out; boxes are xyxy at
-    pixel edges), ``padding`` (H, W) bool when they have that; generator and data set stay behind.
+    pixel edges), ``gt_polygons`` (``polygons`` (N, V, 2) xy, ``labels``, ``depths``) when they have ``polygons``,
+    ``padding`` (H, W) bool when they have that; ``affine``, if set, is metadata. Generator and data set stay behind.
     """
 
     def transform(self, results: dict) -> dict:
         sample = SegSample(metainfo={key: results[key] for key in ("img_path", "img_id", "ori_shape", "img_shape")})
-        for key in ("panoptic_path", "semantic_path", "instance_path"):
+        for key in ("panoptic_path", "semantic_path", "instance_path", "affine"):
             if key in results:
-                sample.set_metainfo(dict(label_path=results[key]))
+                sample.set_metainfo({key if key == "affine" else "label_path": results[key]})
         if "panoptic" in results:
             ids = torch.from_numpy(results["panoptic"].astype(np.int32))
             sample.gt_panoptic = PanopticMap(ids, results["segments"])
@@ -475,6 +476,9 @@ class PackSegInputs(BaseTransform):
             sample.gt_semantic = torch.from_numpy(results["semantic"].astype(np.int64))
         if "masks" in results:
             sample.gt_instances = _pack_instances(results["masks"], results["mask_labels"])
+        if "polygons" in results:
+            names = {"polygons": "polygons", "labels": "polygon_labels", "depths": "pseudo_depths"}
+            sample.gt_polygons = InstanceData(**{name: torch.from_numpy(results[key]) for name, key in names.items()})
         if "padding" in results:
             sample.padding = torch.from_numpy(np.ascontiguousarray(results["padding"]))
         inputs = torch.from_numpy(np.ascontiguousarray(results["img"].transpose(2, 0, 1)))  # (3, H, W)
