@@ -76,7 +76,14 @@ class FrameHub:
         return self._closed
 
     def publish(self, rgb: np.ndarray, record: dict) -> None:
-        """Show a frame (H, W, 3) uint8 RGB and the stages' figures; nobody may change either afterwards."""
+        """Show a frame and the stages' figures; nobody may change either afterwards.
+
+        Args:
+            rgb: (H, W, 3) uint8 RGB.
+            record: ``frames`` and ``drops`` so far, ``fps`` of late, ``live`` (bool), ``stages`` (``decode``, ``model``
+                and ``draw``: ``ms`` of this frame, ``mean_ms``, ``p50_ms`` and ``p95_ms`` of late), ``latency``
+                (``ms``, ``mean_ms``, ``p50_ms``, ``p95_ms``: from a frame's arrival to its picture).
+        """
         with self._news:
             self._number += 1
             self._rgb, self._record = rgb, record
