@@ -5,6 +5,7 @@ from densepred.decoders.aspp import ASPPDecoder
 from densepred.decoders.ccnet import CCNetDecoder, CrissCrossAttention
 from densepred.decoders.deconv import DeconvDecoder
 from densepred.decoders.deformable import DeformablePixelDecoder
+from densepred.decoders.dla_up import DLAUp
 from densepred.decoders.fcn import FCNDecoder
 from densepred.decoders.fpn import FPNDecoder
 from densepred.decoders.kmax import KMaXPixelDecoder
@@ -21,6 +22,7 @@ __all__ = [
     "AdaptiveExit",
     "CCNetDecoder",
     "CrissCrossAttention",
+    "DLAUp",
     "DeconvDecoder",
     "DeformablePixelDecoder",
     "FCNDecoder",

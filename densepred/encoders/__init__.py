@@ -1,6 +1,7 @@
 """Encoders: images -> a pyramid of maps."""
 
 from densepred.encoders.convnext import ConvNeXt
+from densepred.encoders.dla import DLA34
 from densepred.encoders.efficientnet_lite import EfficientNetLite
 from densepred.encoders.hourglass import Hourglass
 from densepred.encoders.mit import MixVisionTransformer
@@ -10,6 +11,7 @@ from densepred.encoders.swin import SwinTransformer
 from densepred.encoders.unet import UNetEncoder
 
 __all__ = [
+    "DLA34",
     "ConvNeXt",
     "EfficientNetLite",
     "Hourglass",
