@@ -9,7 +9,8 @@ Coordinates are image pixels, x before y, pixel centres at whole numbers. What n
 * a vertex that is not finite: the polygon has no mask and is not kept;
 * a vertex beyond +-`REACH`: it is moved there; only what lies in the image counts;
 * an outline that crosses itself: even-odd, as Pillow and pycocotools fill it;
-* fewer than three distinct vertices: a line or a dot under ``cityscapes``, nothing elsewhere.
+* fewer than three distinct vertices: what Pillow draws of them, a stroke under ``cityscapes``, at most a dot under ``kitti``
+  and ``idd``; nothing under ``each``.
 """
 
 from typing import NamedTuple
@@ -30,8 +31,6 @@ STAMP = np.array(
 """(21, 2) pixels of Pillow's filled circle of `RADIUS`."""
 DECIMALS = 2
 """Of the coordinates in every result file."""
-SUBPIXELS = 5
-"""Steps a pixel on which pycocotools walks along an outline."""
 
 
 class Rule(NamedTuple):
@@ -108,8 +107,8 @@ def compose_masks(
     """
     if rule not in RULES:
         raise ValueError(f"compose rule {rule!r} is unknown; choose among {', '.join(RULES)}")
-    if polygons.ndim != 3 or polygons.shape[-1] != 2:
-        raise ValueError(f"polygons are (N, V, 2) vertices, not {tuple(polygons.shape)}")
+    if polygons.ndim != 3 or polygons.shape[1] < 3 or polygons.shape[2] != 2:
+        raise ValueError(f"polygons are (N, V, 2) vertices, V >= 3, not {tuple(polygons.shape)}")
     how = RULES[rule]
     vertices = polygons.detach().cpu().double().numpy()
     confidence, depth, classes = (t.detach().cpu().double().numpy() for t in (scores, depths, labels))
@@ -122,11 +121,11 @@ def compose_masks(
         masks = _front_to_back(whole_pixels(vertices), confidence >= OCCLUDER_SCORE, groups, order, size, how.thick)
     else:
         masks = _each(round_coordinates(vertices), order, size)
-    if how.min_pixels:
-        passed &= np.array([np.count_nonzero(mask) >= how.min_pixels for mask in masks], bool)
-        for n in order:
-            if not passed[n]:
-                masks[n] = False
+    for n in order:
+        box = _clipped_box(vertices[n], size)
+        own = masks[n][box.slices] if box else masks[n, :0]
+        if np.count_nonzero(own) < how.min_pixels:
+            passed[n] = own[...] = False
     return torch.from_numpy(masks).to(polygons.device), torch.from_numpy(passed).to(polygons.device)
 
 
@@ -239,9 +238,7 @@ def _each(vertices: np.ndarray, order: list[int], size: tuple[int, int]) -> np.n
         box = _clipped_box(vertices[n], size)
         if box is None:
             continue
-        # pycocotools' rounding, truncation of int(5 x + 0.5), has to happen before the polygon moves to its box.
-        fine = np.trunc(SUBPIXELS * vertices[n] + 0.5) - SUBPIXELS * np.array([box.left, box.top])
-        moved = np.where(fine < 0, fine - 1, fine) / SUBPIXELS  # truncation moves negative ones up
-        code = rle.frPyObjects([moved.ravel().tolist()], box.bottom - box.top, box.right - box.left)
-        masks[n][box.slices] = rle.decode(code)[..., 0].view(bool)
+        # Right and bottom can be cut off; a shift to the box would change where pycocotools rounds.
+        code = rle.frPyObjects([vertices[n].ravel().tolist()], box.bottom, box.right)
+        masks[n][box.slices] = rle.decode(code)[..., 0].view(bool)[box.slices]
     return masks
