@@ -65,7 +65,8 @@ def _convert(official: Mapping[str, Tensor], source: str, model: nn.Module) -> _
     rules, own = source_named(source), model.state_dict()
     inside = "encoder." if rules.encoder_only and hasattr(model, "encoder") else ""
     own = {key: value for key, value in own.items() if key.startswith(inside)}
-    renamed = _joined(_renamed(official, source, model))
+    taken = rules.fitted(official, own)
+    renamed = _joined(_renamed(taken, source, model))
     # A frozen norm counts no steps.
     unused = [k for k in renamed if k.endswith(COUNTER) and k not in own and f"{k[: -len(COUNTER)]}running_var" in own]
     spare = [k for k in renamed if k not in own and re.fullmatch(rules.spare, k.removeprefix(inside))]
@@ -82,7 +83,7 @@ def _convert(official: Mapping[str, Tensor], source: str, model: nn.Module) -> _
         f"from {len(official)} keys of {source}",
         _counted("dropped by rule", [key for key in official if re.fullmatch(rules.dropped, key)]),
         _counted("not in files of this kind, kept as initialised", kept),
-        _counted("not in this model, left out", spare),
+        _counted("not in this model, left out", [*(key for key in official if key not in taken), *spare]),
         f"{len(counters)} absent step counters set to 0" if counters else "",
         f"{len(unused)} step counters left out: the norms are frozen" if unused else "",
     )

