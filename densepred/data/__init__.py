@@ -11,10 +11,12 @@ from densepred.data.derived import GateDataset, LoadIdealDepth
 from densepred.data.image_folder import ImageFolderSegmentation
 from densepred.data.instances import CocoInstances, LoadInstances
 from densepred.data.loading import LoadImage, LoadPanoptic, LoadSemantic
+from densepred.data.polygon_files import CenterPolyFile
 from densepred.data.polygon_window import CenterNetColorJitter, PolygonWindow
 from densepred.data.polygons import LoadPolygons
 from densepred.data.preprocessor import SegPreprocessor
 from densepred.data.sampler import SeekableSampler
+from densepred.data.street_polygons import CityscapesPolygons, IDDPolygons, KITTIPolygons
 from densepred.data.transforms import (
     PackSegInputs,
     PadTo,
@@ -35,15 +37,19 @@ __all__ = [
     "Albumentations",
     "CamVid",
     "CenterNetColorJitter",
+    "CenterPolyFile",
     "CityscapesInstances",
     "CityscapesPanoptic",
+    "CityscapesPolygons",
     "CityscapesSemantic",
     "CocoInstances",
     "CocoPanoptic",
     "CopyPaste",
     "DSB2018Nuclei",
     "GateDataset",
+    "IDDPolygons",
     "ImageFolderSegmentation",
+    "KITTIPolygons",
     "LoadIdealDepth",
     "LoadImage",
     "LoadInstances",

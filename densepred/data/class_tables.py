@@ -336,6 +336,19 @@ CAMVID: tuple[Category, ...] = (
 )
 """The 11 classes that SegNet made of CamVid's 32; ids as in its label files, in which 11 is void."""
 
+IDD_THINGS: tuple[Category, ...] = (
+    (6, "person", True, (220, 20, 60)),
+    (8, "rider", True, (255, 0, 0)),
+    (9, "motorcycle", True, (0, 0, 230)),
+    (10, "bicycle", True, (119, 11, 32)),
+    (11, "autorickshaw", True, (255, 204, 54)),
+    (12, "car", True, (0, 0, 142)),
+    (13, "truck", True, (0, 0, 70)),
+    (14, "bus", True, (0, 60, 100)),
+    (18, "vehicle fallback", True, (136, 143, 153)),
+)
+"""The 9 classes of IDD's instance benchmark that count, in CenterPoly's order; ids as in AutoNUE's label table."""
+
 
 def metainfo(table: tuple[Category, ...]) -> dict[str, tuple]:
     """Return a data set's ``METAINFO``: ``category_ids``, ``classes``, ``isthing`` and ``palette``, a tuple each."""

@@ -14,6 +14,7 @@ from densepred.data.errors import DamagedImageError
 from densepred.data.files import require_files
 from densepred.data.loading import look_up, read_label_map, require_size
 from densepred.data.panoptic_json import label_of, read_lists, require_unique
+from densepred.data.polygon_json import draw_masks
 from densepred.registry import DATASETS, TRANSFORMS
 
 RECORDS = {
@@ -169,10 +170,11 @@ def checked_segmentation(segmentation: object, height: int, width: int) -> list 
 class LoadInstances(BaseTransform):
     """Make the objects of an image ``masks`` (N, H, W) bool and ``mask_labels`` (N,) int64; crowds are left out.
 
-    They come from ``instances``, records as of `instance_records`, or else from ``instance_path``, an id map that
-    ``instance_table``, a `label_table` of its classes, translates (with ``instance_divisor``, see `object_positions`). The
-    masks have the size of the file, also after a resize of the image: training pipelines load them before, and they are
-    then resized by the nearest pixel (the reference mapper resizes polygons and draws them after that).
+    They come from ``instances``, records as of `instance_records`; or from ``polygon_path`` and ``polygon_table``, see
+    `densepred.data.polygon_json.draw_masks`; or else from ``instance_path``, an id map that ``instance_table``, a
+    `label_table` of its classes, translates (with ``instance_divisor``, see `object_positions`). The masks have the size of
+    the file, also after a resize of the image: training pipelines load them before, and they are then resized by the
+    nearest pixel (the reference mapper resizes polygons and draws them after that).
 
     Raises:
         DamagedImageError: a mask or id map that cannot be decoded or is not of the photo's size.
@@ -181,6 +183,9 @@ class LoadInstances(BaseTransform):
     def transform(self, results: dict) -> dict:
         if "instances" in results:
             masks, labels = self._from_records(results)
+        elif "polygon_path" in results:
+            masks, labels = draw_masks(results["polygon_path"], results["polygon_table"])
+            require_size(masks.shape[1:], results["polygon_path"], results)
         else:
             path = results["instance_path"]
             ids = read_label_map(path)

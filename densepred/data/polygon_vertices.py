@@ -5,6 +5,8 @@ walk over the pixels of a mask from outside until they meet the object; they mak
 an object. All coordinates are pixels of the image, xy, y down; polygons run clockwise on the screen, from the top left.
 """
 
+import math
+
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw
@@ -16,8 +18,8 @@ def from_mask(mask: np.ndarray, box: np.ndarray, num_vertices: int, selection: s
     """Return the polygon (V, 2) float64 of an object by its mask, or None for one that is a single row or column.
 
     Args:
-        mask: (h, w) bool with a pixel, the part of the object's mask inside the box.
-        box: (4,) int64 xyxy of the first and the last pixels, see `regular_interval`.
+        mask: (h, w) bool with a pixel, the part of the object's mask inside box and image.
+        box: (4,) xyxy of the first and the last pixels, see `regular_interval`.
         num_vertices: V.
         selection: one of `SELECTIONS`; ``real_points`` takes the outline of the largest part.
     """
@@ -27,7 +29,7 @@ def from_mask(mask: np.ndarray, box: np.ndarray, num_vertices: int, selection: s
         outline = mask_outline(mask)
         return from_outline(outline + box[:2], mask.shape, num_vertices, selection) if len(outline) > 2 else None
     walk = regular_interval if selection == "regular_interval" else grid_based
-    return (walk(mask, box, num_vertices) + box[:2]).astype(np.float64)
+    return (walk(mask, box, num_vertices) + corner(box)).astype(np.float64)
 
 
 def from_outline(outline: np.ndarray, size: tuple[int, int], num_vertices: int, selection: str) -> np.ndarray | None:
@@ -39,7 +41,7 @@ def from_outline(outline: np.ndarray, size: tuple[int, int], num_vertices: int, 
         return None
     if selection == "real_points":
         return real_points(clockwise(outline), num_vertices)
-    box, mask = outline_mask(outline, size)
+    mask, box = outline_mask(outline, size)
     return from_mask(mask, box, num_vertices, selection) if mask.size else None
 
 
@@ -62,23 +64,23 @@ def regular_interval(mask: np.ndarray, box: np.ndarray, num_vertices: int) -> np
     A quarter of the points lies on each side. A walk that meets nothing ends at the box's centre.
 
     Args:
-        mask: (h, w) bool, the part of the object's mask inside the box.
-        box: (4,) xyxy of the first and the last pixels; it may reach beyond the mask to the right and below, as
-            annotations may beyond the image.
+        mask: (h, w) bool, the part of the object's mask inside box and image.
+        box: (4,) xyxy of the first and the last pixels; it may reach beyond the image, as annotations may.
         num_vertices: V, a multiple of 4.
 
     Returns:
-        (V, 2) int64, relative to the box's corner (x0, y0), where the mask begins.
+        (V, 2) int64, relative to `corner`, where the mask begins.
     """
-    width, height = (box[2:] - box[:2]).tolist()
-    share = np.arange(num_vertices // 4) / (num_vertices // 4)  # (V/4,)
-    low, across, down = np.zeros_like(share), box[0] + share * width, box[1] + share * height
-    xs = [across, low + box[2], box[2] - share * width, low + box[0]]
-    ys = [low + box[1], down, low + box[3], box[3] - share * height]
+    x0, y0, x1, y1 = np.trunc(box)
+    steps = np.arange(num_vertices // 4)  # (V/4,)
+    across, down = (steps * ((box[i + 2] - box[i]) / len(steps)) for i in (0, 1))
+    fixed = np.zeros(len(steps))
     # Rounded as positions in the image: halves go to the even pixel.
-    starts = np.rint(np.stack([np.concatenate(xs), np.concatenate(ys)], -1)).astype(np.int64) - box[:2]  # (V, 2)
-    centre = (box[:2] + (box[2:] - box[:2]) / 2).astype(np.int64) - box[:2]
-    return first_hits(mask, starts, np.broadcast_to(centre, starts.shape))
+    xs = np.rint(np.concatenate([box[0] + across, fixed + x1, box[2] - across, fixed + x0]))
+    ys = np.rint(np.concatenate([fixed + y0, box[1] + down, fixed + y1, box[3] - down]))
+    centre = (box[:2] + (box[2:] - box[:2]) / 2).astype(np.int64)
+    starts = np.stack([xs, ys], -1).astype(np.int64)  # (V, 2)
+    return first_hits(mask, starts - corner(box), np.broadcast_to(centre - corner(box), starts.shape))
 
 
 def grid_based(mask: np.ndarray, box: np.ndarray, num_vertices: int) -> np.ndarray:
@@ -86,12 +88,15 @@ def grid_based(mask: np.ndarray, box: np.ndarray, num_vertices: int) -> np.ndarr
 
     A walk that meets nothing ends at the box's other side. Arguments and result as of `regular_interval`; V even.
     """
-    lines = np.rint(np.linspace(box[0] + 1, box[2] - 1, num_vertices // 2)).astype(np.int64) - box[0]  # (V/2,)
-    top, bottom = np.zeros_like(lines), np.full_like(lines, box[3] - box[1])
-    down = np.stack([lines, top], -1), np.stack([lines, bottom], -1)
-    starts = np.concatenate([down[0], down[1][::-1]])  # (V, 2)
-    ends = np.concatenate([down[1], down[0][::-1]])
-    return first_hits(mask, starts, ends)
+    xs = np.rint(np.linspace(box[0] + 1, box[2] - 1, num_vertices // 2)).astype(np.int64)  # (V/2,)
+    above, below = (np.stack([xs, np.full_like(xs, box[side])], -1) for side in (1, 3))
+    starts, ends = np.concatenate([above, below[::-1]]), np.concatenate([below, above[::-1]])  # (V, 2)
+    return first_hits(mask, starts - corner(box), ends - corner(box))
+
+
+def corner(box: np.ndarray) -> np.ndarray:
+    """Return (2,) int64, the first pixel of the image that a box (4,) xyxy holds."""
+    return np.maximum(box[:2], 0).astype(np.int64)
 
 
 def first_hits(mask: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -110,7 +115,8 @@ def first_hits(mask: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.nda
     steep = (length[:, 1] >= length[:, 0])[:, None]
     xs = starts[:, :1] + np.sign(delta[:, :1]) * np.where(steep, minor, step)
     ys = starts[:, 1:] + np.sign(delta[:, 1:]) * np.where(steep, step, minor)
-    xs, ys = np.clip(xs, 0, mask.shape[1] - 1), np.clip(ys, 0, mask.shape[0] - 1)
+    # np.clip takes longer than the walk of a small object.
+    xs, ys = (np.minimum(np.maximum(at, 0), mask.shape[axis] - 1) for at, axis in ((xs, 1), (ys, 0)))
     hit = mask[ys, xs]  # (V, L)
     hit[:, -1] = True
     rows, first = np.arange(len(hit)), hit.argmax(1)
@@ -129,22 +135,22 @@ def real_points(outline: np.ndarray, num_vertices: int, start: np.ndarray | None
         start: (2,) the vertex nearest to it comes first; ``None``: the top left corner of the outline's box. The published
             annotations used (x0, x1) of the box, by mistake.
     """
-    corner = outline.min(0) if start is None else start
+    start = outline.min(0) if start is None else start
     vertices = _refine(_thin(outline.astype(np.float64), num_vertices), num_vertices)  # (V, 2)
-    return np.roll(vertices, -int(np.linalg.norm(vertices - corner, axis=1).argmin()), axis=0)
+    return np.roll(vertices, -int(np.linalg.norm(vertices - start, axis=1).argmin()), axis=0)
 
 
 def _thin(points: np.ndarray, count: int) -> np.ndarray:
     """Delete the first vertex of the shortest edge of (P, 2) points until no more than ``count`` are left."""
     edges = np.append(np.linalg.norm(np.diff(points, axis=0), axis=1), np.inf)  # (P,), each at its first vertex
     before, after = list(range(-1, len(points) - 1)), list(range(1, len(points) + 1))
-    kept = np.ones(len(points), bool)
+    kept, places = np.ones(len(points), bool), points.tolist()
     for _ in range(len(points) - count):
         i = int(edges.argmin())
         previous, following = before[i], after[i]
         kept[i], edges[i], before[following] = False, np.inf, previous
         if previous >= 0:
-            after[previous], edges[previous] = following, np.linalg.norm(points[following] - points[previous])
+            after[previous], edges[previous] = following, math.dist(places[previous], places[following])
     return points[kept]
 
 
@@ -172,19 +178,18 @@ def outline_mask(outline: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray
         size: (H, W) of the image.
 
     Returns:
-        ``box`` (4,) int64 xyxy of the outline, and the mask (h, w) bool of the box's part that lies inside the image. Empty
-        where the box begins outside the image.
+        The mask (h, w) bool of the part of the outline's box that lies inside the image, empty where none does, and the box
+        (4,) xyxy.
     """
-    box = np.concatenate([outline.min(0), outline.max(0)]).astype(np.int64)
-    corner = np.maximum(box[:2], 0)
-    box[:2] = corner
-    columns, rows = np.minimum(box[2:] + 1, size[::-1]) - corner
+    box = np.concatenate([outline.min(0), outline.max(0)])
+    first = corner(box)
+    columns, rows = np.minimum(box[2:].astype(np.int64) + 1, size[::-1]) - first
     if columns < 1 or rows < 1:
-        return box, np.zeros((0, 0), bool)
+        return np.zeros((0, 0), bool), box
     picture = Image.new("L", (int(columns), int(rows)), 0)
-    points = outline.astype(np.int64) - corner
+    points = outline.astype(np.int64) - first
     ImageDraw.Draw(picture).polygon([tuple(point) for point in points.tolist()], outline=0, fill=1)
-    return box, np.asarray(picture, bool)
+    return np.asarray(picture, bool), box
 
 
 def mask_outline(mask: np.ndarray) -> np.ndarray:

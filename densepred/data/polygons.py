@@ -77,7 +77,7 @@ class LoadPolygons(BaseTransform):
         return [record["vertices"] for record in objects], [record["label"] for record in objects], depths
 
     def _from_outlines(self, results: dict) -> tuple[list, list[int], np.ndarray]:
-        size, outlines = read_outlines(results["polygon_path"], results["polygon_labels_by_name"])
+        size, outlines = read_outlines(results["polygon_path"], results["polygon_table"])
         require_size(size, results["polygon_path"], results)
         polygons = [from_outline(outline, size, self.num_vertices, self.selection) for _, outline in outlines]
         return polygons, [label for label, _ in outlines], np.arange(len(outlines), dtype=np.float64)
