@@ -21,6 +21,10 @@ Color = tuple[int, int, int]
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 MIN_TEXT = 9
 """Height in pixels below which a class name is left out."""
+SHIFT = 4
+"""Bits behind the point in the vertices that OpenCV draws."""
+FARTHEST = 30_000
+"""Pixels: vertices farther away are moved there, OpenCV counts in 16 bits."""
 STEPS = (0.618034, 0.414214)
 """Of hue and lightness from one instance to the next; irrational steps around a circle never come close to each other."""
 
@@ -115,10 +119,51 @@ def draw_instances(
     return out
 
 
+def draw_polygons(
+    image: np.ndarray,
+    instances: InstanceData,
+    classes: Sequence[str],
+    palette: Sequence[Color],
+    opacity: float = 0.5,
+    score_threshold: float = 0.5,
+) -> np.ndarray:
+    """Draw instances by their polygons, whole, the nearest on top (without depths the surest); as `draw_instances` else.
+
+    Args:
+        instances: ``labels`` (N,), ``polygons`` (N, V, 2) x, y in pixels of the image, optionally ``scores`` and ``depths``
+            (N,), lower = nearer. A polygon with a vertex that is not finite, or none of whose area lies in the image, is
+            left out; of one that crosses itself the even-odd area is filled.
+    """
+    count = len(instances.labels)
+    columns = {name: instances[name].cpu().numpy() for name in ("labels", "scores", "depths") if name in instances}
+    polygons = instances.polygons.detach().cpu().double().numpy()
+    scores = columns.get("scores", np.ones(count))
+    good = np.isfinite(polygons).all(axis=(1, 2)) & (scores >= score_threshold)
+    order = [n for n in np.argsort(-columns["depths"] if "depths" in columns else scores, kind="stable") if good[n]]
+    out, occupied, faded, regions = image.copy(), [], _faded(image), {}
+    for rank, n in enumerate(order):
+        label = _checked(int(columns["labels"][n]), classes)
+        color = _shade(palette[label], rank)
+        region, inside = _polygon_region(polygons[n], image.shape[:2])
+        if not inside.any():
+            continue
+        tint = opacity * np.array(color, np.float32)
+        out[region][inside] = np.round((1 - opacity) * faded[region][inside] + tint).astype(np.uint8)
+        cv2.polylines(out, [_fixed_point(polygons[n])], True, _lighter(color), _line(image), cv2.LINE_AA, SHIFT)
+        regions[n] = region, inside, f"{classes[label]} {scores[n]:.2f}" if "scores" in columns else classes[label]
+    for region, inside, name in reversed(regions.values()):
+        mask = np.zeros(image.shape[:2], np.uint8)
+        mask[region] = inside
+        _write_name(out, mask, name, occupied)
+    return out
+
+
 def draw_sample(
     image: np.ndarray, sample: SegSample, side: str, meta: dict, score_threshold: float = 0.5
 ) -> np.ndarray | None:
     """Draw what a sample has on one side: panoptic before semantic before instances; ``None`` without any.
+
+    Instances without masks are drawn by their polygons.
 
     Args:
         image: (H, W, 3) uint8 RGB, of the fields' size.
@@ -133,7 +178,8 @@ def draw_sample(
         return draw_semantic(image, sample.get(f"{side}_semantic").cpu().numpy(), classes, palette)
     if f"{side}_instances" in sample:
         instances = sample.get(f"{side}_instances")
-        return draw_instances(image, instances, classes, palette, score_threshold=score_threshold)
+        draw = draw_instances if "masks" in instances else draw_polygons
+        return draw(image, instances, classes, palette, score_threshold=score_threshold)
     return None
 
 
@@ -148,7 +194,10 @@ def fit(image: np.ndarray, shortest: int, longest: int) -> np.ndarray:
 
 
 def resize_sample(sample: SegSample, size: tuple[int, int]) -> SegSample:
-    """Return a sample with the fields that `draw_sample` draws, at another size (H, W), every pixel its nearest one."""
+    """Return a sample with the fields that `draw_sample` draws, at another size (H, W), every pixel its nearest one.
+
+    Polygons are moved so that the image's corners stay its corners; they need ``ori_shape``, the size they are of.
+    """
     small = SegSample()
     for name, value in sample.items():
         if name.endswith("_panoptic"):
@@ -156,9 +205,14 @@ def resize_sample(sample: SegSample, size: tuple[int, int]) -> SegSample:
         elif name.endswith("_semantic"):
             small.set_field(_nearest(value, size), name)
         elif name.endswith("_instances"):
-            masks = _nearest(value.masks.to(torch.uint8), size).bool()
-            kept = {key: value[key] for key in ("labels", "scores") if key in value}
-            small.set_field(InstanceData(masks=masks, **kept), name)
+            kept = {key: value[key] for key in ("labels", "scores", "depths") if key in value}
+            if "masks" in value:
+                kept["masks"] = _nearest(value.masks.to(torch.uint8), size).bool()
+            elif "polygons" in value:
+                height, width = sample.ori_shape
+                scale = value.polygons.new_tensor([size[1] / width, size[0] / height])
+                kept["polygons"] = (value.polygons + 0.5) * scale - 0.5
+            small.set_field(InstanceData(**kept), name)
     return small
 
 
@@ -215,6 +269,22 @@ def write_png(path: str | Path, rgb: np.ndarray) -> Path:
     finally:
         Path(scratch).unlink(missing_ok=True)
     return path
+
+
+def _fixed_point(polygon: np.ndarray) -> np.ndarray:
+    """Return vertices (V, 2) as OpenCV takes them, int32 with `SHIFT` bits behind the point."""
+    return np.round(np.clip(polygon, -FARTHEST, FARTHEST) * 2**SHIFT).astype(np.int32)
+
+
+def _polygon_region(polygon: np.ndarray, size: tuple[int, int]) -> tuple[tuple[slice, slice], np.ndarray]:
+    """Return the window of the image (H, W) that a polygon (V, 2) reaches into, and where it is inside, (h, w) bool."""
+    polygon = np.clip(polygon, -FARTHEST, FARTHEST)
+    left, top = np.maximum(np.floor(polygon.min(axis=0)), 0).astype(int)
+    right, bottom = np.minimum(np.ceil(polygon.max(axis=0)) + 1, size[::-1]).astype(int)
+    inside = np.zeros((max(0, bottom - top), max(0, right - left)), np.uint8)
+    if inside.size:
+        cv2.fillPoly(inside, [_fixed_point(polygon - (left, top))], 1, shift=SHIFT)
+    return (slice(top, top + len(inside)), slice(left, left + inside.shape[1])), inside.astype(bool)
 
 
 def _nearest(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -308,6 +378,8 @@ def _borders(dense: np.ndarray, width: int) -> np.ndarray:
 
 def _write_name(canvas: np.ndarray, mask: np.ndarray, name: str, occupied: list[tuple[int, int, int, int]]) -> None:
     """Write a name, outlined, where the mask (H, W) uint8 is widest, if it fits there and hides no other name."""
+    if not mask.any():
+        return
     x, y, radius, room = _widest_place(mask)
     wanted = min(float(np.clip(min(canvas.shape[:2]) / 26, MIN_TEXT + 1, 30)), 1.1 * radius)
     scale = _scale_for(name, wanted, room)

@@ -16,6 +16,7 @@ from densepred.structures import InstanceData, PanopticMap, SegSample
 from densepred.visualization import (
     draw_instances,
     draw_panoptic,
+    draw_polygons,
     draw_sample,
     draw_semantic,
     fit,
@@ -102,6 +103,63 @@ def test_instances_surest_on_top_and_unsure_left_out():
     assert (out[:5] == 128).all()
     nothing = InstanceData(labels=torch.zeros(0, dtype=torch.int64), masks=torch.zeros(0, 60, 80, dtype=torch.bool))
     assert np.array_equal(draw_instances(grey(60, 80), nothing, CLASSES, PALETTE), grey(60, 80))
+
+
+def two_polygons(**fields) -> InstanceData:
+    """Return a large square and a small one inside it, the small one surer."""
+    square = torch.tensor([[0.0, 0.0], [80.0, 0.0], [80.0, 80.0], [0.0, 80.0]])
+    known = dict(labels=torch.tensor([0, 1]), scores=torch.tensor([0.6, 0.9]))
+    return InstanceData(**known | dict(polygons=torch.stack([square + 20, square / 2 + 30])) | fields)
+
+
+def test_polygons_the_nearest_on_top_else_the_surest():
+    photo, middle, between = grey(), (35, 60), (90, 30)
+    colors = {}
+    for name, fields in dict(sure=dict(), near=dict(depths=torch.tensor([0.0, 1.0]))).items():
+        drawn = draw_polygons(photo, two_polygons(**fields), CLASSES, PALETTE)
+        colors[name] = [drawn[place].astype(int) for place in (middle, between)]
+        assert np.array_equal(drawn[10, 10], photo[10, 10])
+    red, blue = (0, 2)
+    assert colors["sure"][0].argmax() == blue and colors["sure"][1].argmax() == red
+    assert colors["near"][0].argmax() == colors["near"][1].argmax() == red
+    unsure = draw_polygons(photo, two_polygons(), CLASSES, PALETTE, score_threshold=0.95)
+    assert np.array_equal(unsure, photo)
+
+
+def test_polygons_that_cannot_be_seen_are_left_out():
+    outside = torch.tensor([[-90.0, -90.0], [-20.0, -90.0], [-20.0, -20.0], [-90.0, -20.0]])
+    polygons = torch.stack([outside, outside.where(outside != -20, torch.nan)])
+    assert np.array_equal(draw_polygons(grey(), two_polygons(polygons=polygons), CLASSES, PALETTE), grey())
+    huge = draw_polygons(grey(), two_polygons(polygons=polygons.nan_to_num(1e9) * -1e6), CLASSES, PALETTE)
+    assert not np.array_equal(huge, grey())
+    none = InstanceData(labels=torch.zeros(0, dtype=torch.int64), polygons=torch.zeros(0, 16, 2))
+    assert np.array_equal(draw_polygons(grey(), none, CLASSES, PALETTE), grey())
+    with pytest.raises(ValueError, match="label 2 is outside the 2 classes"):
+        draw_polygons(grey(), two_polygons(labels=torch.tensor([2, 2])), CLASSES, PALETTE)
+
+
+def test_polygons_stay_in_place_at_another_size():
+    sample = SegSample(
+        pred_instances=two_polygons(depths=torch.tensor([1.0, 0.0])), metainfo=dict(ori_shape=(120, 160))
+    )
+    small = resize_sample(sample, (60, 80))
+    corners = small.pred_instances.polygons[0, [0, 2]].tolist()
+    assert corners == [[9.75, 9.75], [49.75, 49.75]]  # the middles of four pixels each
+    assert small.pred_instances.depths.tolist() == [1, 0]
+    drawn = draw_sample(grey(60, 80), small, "pred", META)
+    assert np.array_equal(drawn, draw_polygons(grey(60, 80), small.pred_instances, CLASSES, PALETTE))
+    whole = draw_sample(grey(), sample, "pred", META)
+    changed = (np.abs(whole.astype(int) - grey()).sum(-1) > 0)[::2, ::2]
+    assert (changed != (np.abs(drawn.astype(int) - grey(60, 80)).sum(-1) > 0)).mean() < 0.05
+
+
+def test_masks_come_before_polygons_and_empty_ones_have_no_name():
+    masks = torch.zeros(2, 120, 160, dtype=torch.bool)
+    masks[0, 40:60, 40:60] = True
+    sample = SegSample(pred_instances=two_polygons(masks=masks))
+    drawn = draw_sample(grey(), sample, "pred", META)
+    assert not np.array_equal(drawn[50, 50], grey()[50, 50])
+    assert np.array_equal(drawn[90, 30], grey()[90, 30])
 
 
 @pytest.mark.parametrize(
