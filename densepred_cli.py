@@ -16,6 +16,9 @@ BOUNDARY = (
 )
 """Help of an option of several tasks."""
 
+OVERLAYS = ("masks", "polygons", "classes", "scores", "timings")
+"""What a video shows on its frames."""
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what train and test share."""
@@ -219,6 +222,38 @@ def run_predict(args: argparse.Namespace) -> None:
     predict_to_file(args.config, args.checkpoint, args.image, args.out, args.device, args.score_threshold)
 
 
+def add_video(parser: argparse.ArgumentParser) -> None:
+    """Run a model on a video in real time: a file, a camera, a network stream."""
+    parser.add_argument("config")
+    parser.add_argument("checkpoint")
+    parser.add_argument("--source", required=True, metavar="FILE|CAMERA|URL", help="a file, 0, rtsp://..., http://...")
+    parser.add_argument("--out", metavar="WEBM|MP4", help="write a video, VP9 or H.264; a .json beside it has the times")
+    parser.add_argument("--show", action="store_true", help="open a window: space pauses, q ends")
+    parser.add_argument("--serve", metavar="[HOST:]PORT", help="a web page with the live view; default host: 127.0.0.1")
+    parser.add_argument("--max-frames", type=int, metavar="N")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--score-threshold", type=float, default=0.5, help="leave out instances below it, 0..1")
+    parser.add_argument(
+        "--overlay",
+        nargs="*",
+        choices=OVERLAYS,
+        default=["masks", "polygons", "classes", "timings"],
+        help="what to draw; default: all but scores",
+    )
+    parser.add_argument("--opacity", type=float, default=0.5, help="of masks, 0..1")
+    parser.add_argument("--timeout", type=float, default=10.0, help="seconds of silence that end a live source")
+    parser.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE")
+
+
+def run_video(args: argparse.Namespace) -> None:
+    from densepred.video.demo import VideoOptions, run_demo
+
+    names = ("source", "out", "show", "serve", "max_frames", "score_threshold", "timeout")
+    overlay = {name: name in args.overlay for name in OVERLAYS} | {"opacity": args.opacity}
+    options = VideoOptions(**{name: getattr(args, name) for name in names}, overlay=overlay)
+    run_demo(args.config, args.checkpoint, options, args.device, options_of(args))
+
+
 def add_eco_source(parser: argparse.ArgumentParser) -> None:
     """Add what the tools of ECO-M2F share."""
     parser.add_argument("config", help="the parent's")
@@ -282,6 +317,7 @@ COMMANDS: dict[str, tuple[Callable, Callable]] = {
     "test": (add_test, run_test),
     "evaluate": (add_evaluate, run_evaluate),
     "predict": (add_predict, run_predict),
+    "video": (add_video, run_video),
     "convert": (add_convert, run_convert),
     "benchmark": (add_benchmark, run_benchmark),
     "eco-derive": (add_eco_derive, run_eco_derive),

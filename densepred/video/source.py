@@ -138,7 +138,7 @@ def open_capture(name: str, timeout: float) -> "cv2.VideoCapture | MJPEGCapture"
     """
     check_source(name)
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg complains of every damaged frame
-    cv2.setLogLevel(0)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     if is_camera(name):
         capture = cv2.VideoCapture(int(name))
         capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)

@@ -168,9 +168,11 @@ class Pipeline:
     Args:
         source: yields frames; the time of each ``next`` is the decode stage's.
         model: frame -> result.
-        draw: (frame, result, record of the stages so far) -> nothing.
+        draw: (packet, record of the stages so far) -> nothing.
         live: keep the newest frame, not every frame.
         max_frames: stop after so many drawn frames.
+
+    Attributes:
         gate: waits while the video is paused, and returns the seconds that it waited; called before every drawing.
     """
 
@@ -178,13 +180,13 @@ class Pipeline:
         self,
         source: Iterable[Any],
         model: Callable[[Any], Any],
-        draw: Callable[[Any, Any, dict], None],
+        draw: Callable[[Packet, dict], None],
         live: bool,
         max_frames: int | None = None,
-        gate: Callable[[], float] | None = None,
     ) -> None:
         self._source, self._model, self._draw = source, model, draw
-        self._max_frames, self._gate = max_frames, gate
+        self._max_frames = max_frames
+        self.gate: Callable[[], float] | None = None
         length = 1 if live else QUEUE_LENGTH
         self._to_model, self._to_draw = Channel(length, newest=live), Channel(length, newest=live)
         self.meter = Meter(live)
@@ -278,13 +280,13 @@ class Pipeline:
 
     def _paint(self) -> None:
         while True:
-            if self._gate is not None:
-                self.meter.skip(self._gate())
+            if self.gate is not None:
+                self.meter.skip(self.gate())
             packet = self._to_draw.get()
             if packet is None:
                 return
             start = time.perf_counter()
-            self._draw(packet.frame, packet.result, self.record())
+            self._draw(packet, self.record())
             end = time.perf_counter()
             packet.ms["draw"] = 1000 * (end - start)
             self.meter.add(packet, end)
