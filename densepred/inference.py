@@ -18,6 +18,7 @@ from densepred.engine.config import load_config, merge_options, resolve_links
 from densepred.engine.conversion import fitting_weights, naming
 from densepred.engine.hooks import check_classes
 from densepred.engine.pictures import GRID_SIDE
+from densepred.heads.polygon_masks import round_coordinates
 from densepred.registry import DATASETS, TRANSFORMS
 from densepred.segmentor import Segmentor
 from densepred.structures import SegSample
@@ -156,33 +157,58 @@ def segment_records(
     Instances with a lower score than ``score_threshold`` are left out: models name a fixed number of them.
 
     A record has ``label``, ``category`` (its name), ``area`` in pixels, ``bbox`` (x, y, width, height), ``segmentation``
-    (COCO's compressed RLE), and of ``id``, ``isthing``, ``score`` those that the prediction has.
+    (COCO's compressed RLE), and of ``id``, ``isthing``, ``score``, ``depth``, ``polygon`` ([[x, y], ...] in pixels) those
+    that the prediction has. Of instances with polygons and no masks ``segmentation`` is COCO's list of polygons, area and
+    box are those of their part in the image, and those with a vertex that is not finite are left out.
     """
     from pycocotools import mask as rle
 
-    for mask, known in _masks(sample, score_threshold):
-        code = rle.encode(np.asfortranarray(mask, np.uint8))
+    for code, known in _shapes(sample, score_threshold):
+        text = {"size": code["size"], "counts": code["counts"].decode("ascii")}
         yield {
             **known,
             "category": classes[known["label"]],
             "area": int(rle.area(code)),
             "bbox": rle.toBbox(code).tolist(),
-            "segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")},
+            "segmentation": known.get("segmentation", text),
         }
 
 
-def _masks(sample: SegSample, score_threshold: float) -> Iterator[tuple[np.ndarray, dict]]:
-    """Yield each segment's mask (H, W) bool and what is known of it."""
+def _shapes(sample: SegSample, score_threshold: float) -> Iterator[tuple[dict, dict]]:
+    """Yield each segment's run lengths, as pycocotools has them, and what is known of it."""
     if "pred_panoptic" in sample:
         ids = sample.pred_panoptic.numpy()
         for segment in sample.pred_panoptic.segments:
-            yield ids == segment["id"], {k: segment[k] for k in ("id", "label", "isthing", "score") if k in segment}
+            known = {k: segment[k] for k in ("id", "label", "isthing", "score") if k in segment}
+            yield _run_lengths(ids == segment["id"]), known
     elif "pred_semantic" in sample:
         labels = sample.pred_semantic.cpu().numpy()
         for label in np.unique(labels):
-            yield labels == label, dict(label=int(label))
+            yield _run_lengths(labels == label), dict(label=int(label))
     else:
-        instances = sample.pred_instances.cpu()
-        instances = instances[instances.scores >= score_threshold]
-        for mask, label, score in zip(instances.masks, instances.labels, instances.scores, strict=True):
-            yield mask.numpy(), dict(label=int(label), score=float(score))
+        yield from _instances(sample, score_threshold)
+
+
+def _instances(sample: SegSample, score_threshold: float) -> Iterator[tuple[dict, dict]]:
+    from pycocotools import mask as rle
+
+    instances = sample.pred_instances.cpu()
+    for n in torch.nonzero(instances.scores >= score_threshold).flatten().tolist():
+        known: dict[str, Any] = dict(label=int(instances.labels[n]), score=float(instances.scores[n]))
+        if "depths" in instances:
+            known["depth"] = float(instances.depths[n])
+        if "polygons" in instances:
+            if not instances.polygons[n].isfinite().all():
+                continue
+            known["polygon"] = round_coordinates(instances.polygons[n].numpy()).tolist()
+        if "masks" in instances:
+            yield _run_lengths(instances.masks[n].numpy()), known
+        else:
+            outline = [[value for point in known["polygon"] for value in point]]
+            yield rle.frPyObjects(outline, *sample.ori_shape)[0], known | dict(segmentation=outline)
+
+
+def _run_lengths(mask: np.ndarray) -> dict:
+    from pycocotools import mask as rle
+
+    return rle.encode(np.asfortranarray(mask, np.uint8))

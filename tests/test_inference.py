@@ -131,3 +131,24 @@ def test_instances_below_the_threshold_are_left_out():
     assert [record["score"] for record in segment_records(sample, ("a", "b"))] == [pytest.approx(0.9), 0.5]
     (record,) = segment_records(sample, ("a", "b"), score_threshold=0.8)
     assert (record["category"], record["area"], record["bbox"]) == ("b", 10, [0, 1, 5, 2])
+
+
+def test_polygons_come_with_their_coordinates_and_as_coco_takes_them():
+    square = torch.tensor([[10.0, 5.0], [20.0, 5.0], [20.0, 9.0], [10.001, 9.0]])
+    polygons = torch.stack([square, square - 13, square.where(square > 5, torch.nan)])
+    known = dict(
+        labels=torch.tensor([1, 0, 0]), scores=torch.tensor([0.9, 0.8, 0.7]), depths=torch.tensor([2.0, 1.0, 0.0])
+    )
+    sample = SegSample(pred_instances=InstanceData(polygons=polygons, **known), metainfo=dict(ori_shape=(30, 40)))
+    whole, cut = segment_records(sample, ("a", "b"))
+    assert whole["polygon"] == [[10, 5], [20, 5], [20, 9], [10, 9]]
+    assert whole["segmentation"] == [[10, 5, 20, 5, 20, 9, 10, 9]]
+    assert (whole["depth"], whole["area"], whole["bbox"]) == (2, 40, [10, 5, 10, 4])
+    assert cut["polygon"][0] == [-3, -8] and cut["area"] == 0  # only its empty last row touches the image
+    assert json.loads(json.dumps([whole, cut])) == [whole, cut]
+    masks = torch.zeros(3, 30, 40, dtype=torch.bool)
+    masks[0, 6:8, 10:20] = True
+    sample.pred_instances = InstanceData(polygons=polygons, masks=masks, **known)
+    hidden, _ = segment_records(sample, ("a", "b"))
+    assert hidden["polygon"] == whole["polygon"]
+    assert (hidden["area"], hidden["segmentation"]["size"]) == (20, [30, 40])
