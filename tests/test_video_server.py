@@ -17,6 +17,7 @@ import pytest
 
 from densepred.video import server as server_module
 from densepred.video.server import PAGE, VideoServer, explain, parse_address, security_policy
+from densepred.video.stages import Meter, Packet
 from densepred.video.state import FrameHub, OverlayState
 from tests.browser import Browser, browser, missing
 
@@ -32,9 +33,13 @@ def is_filled(image: np.ndarray, color: tuple[int, int, int]) -> bool:
     return np.abs(image.astype(int) - color).max() < 12  # JPEG loses a little
 
 
-def record_of(frames: int) -> dict:
-    stages = {"decode": 4.0 + frames % 3, "model": 31.5, "draw": 12.0}
-    return {"frames": frames, "fps": 24.6, "latency_ms": {"p50": 51.0, "p95": 80.0}, "drops": 7, "stages": stages}
+def record_of(frames: int, live: bool = True) -> dict:
+    """Return what the stages tell after so many frames at 25 fps, 7 having been dropped."""
+    meter = Meter(live)
+    for number in range(1, frames + 1):
+        ms = {"decode": 4.0 + number, "model": 31.5, "draw": 12.0}
+        meter.add(Packet(number, arrived=number / 25, frame=None, ms=ms), end=number / 25 + 0.051)
+    return meter.record(drops=7)
 
 
 class Site:
@@ -80,11 +85,11 @@ class Stream:
         """Return what comes before ``mark``; None if the connection ends first."""
         data = bytearray()
         while not data.endswith(mark):
-            byte = self.file.read(1)
-            if not byte:
+            line = self.file.readline()
+            if not line:
                 assert not data or data.endswith(b"--frame--\r\n")
                 return None
-            data += byte
+            data += line
         return bytes(data[: -len(mark)])
 
     def frame(self) -> np.ndarray | None:
@@ -357,6 +362,7 @@ def test_vanished_viewer_is_noticed_without_a_frame(site: Site, frames: int):
 
 
 def test_client_that_takes_nothing_is_dropped(site: Site, monkeypatch: pytest.MonkeyPatch):
+    assert server_module._Handler.timeout == server_module.CLIENT_TIMEOUT
     monkeypatch.setattr(server_module._Handler, "timeout", 0.3)
     noise = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
     stream = site.stream(buffer=1 << 14)
@@ -407,16 +413,19 @@ def shows(window: Browser, color: tuple[int, int, int]) -> bool:
 def test_page_shows_the_frames_the_figures_and_the_chart(site: Site, window: Browser):
     window.open(site.server.url)
     until(lambda: window.text("#status") == "Waiting for the first frame…")
+    site.hub.publish(picture(BLUE), record_of(0))  # nothing was measured before the first frame
+    until(lambda: window.text("#status") == "Live" and shows(window, BLUE))
+    assert "Frames per second\n0.0\nLatency p50\n– ms" in window.text("#figures")
     for number, color in enumerate((RED, GREEN, BLUE), 1):
         site.hub.publish(picture(color, (270, 480)), record_of(number))
         until(lambda color=color: shows(window, color))  # also while no frame follows
         until(lambda number=number: f"Frames\n{number}\n" in window.text("#figures"))
     assert window.text("#status") == "Live"
     assert window.text("#figures").split("\n") == [
-        *("Frames per second", "24.6", "Latency p50", "51 ms", "Latency p95", "80 ms"),
+        *("Frames per second", "25.0", "Latency p50", "51 ms", "Latency p95", "51 ms"),
         *("Frames", "3", "Dropped", "7", "Viewers", "1"),
     ]
-    assert window.text("#stages").split("\n") == ["decode 4.0", "model 31.5", "draw 12.0"]
+    assert window.text("#stages").split("\n") == ["decode 7.0 6.0 7.0", "model 31.5 31.5 31.5", "draw 12.0 12.0 12.0"]
     lines = window.run("return [...document.querySelectorAll('#chart path')].map(path => path.getAttribute('d'))")
     assert [line.count("M") + line.count("L") for line in lines] == [3, 3, 3]
     axis = window.run("return [...document.querySelectorAll('#chart text')].map(text => text.textContent)")
@@ -476,8 +485,8 @@ def test_page_tells_of_a_stalled_source_the_end_and_a_lost_connection_and_comes_
     site.server.stop()  # without an end: as if the program had died
     until(lambda: window.text("#status") == "Connection lost; trying again…")
     again = Site(str(site.port))
-    again.hub.publish(picture(BLUE), record_of(1))
-    until(lambda: window.text("#status") == "Live" and shows(window, BLUE))
+    again.hub.publish(picture(BLUE), record_of(1, live=False))
+    until(lambda: window.text("#status") == "Playing" and shows(window, BLUE))
     again.hub.publish(picture(GREEN), record_of(2))
     again.hub.close()
     until(lambda: window.text("#status") == "The video has ended.")
