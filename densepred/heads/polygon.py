@@ -187,14 +187,19 @@ class PolygonHead(nn.Module):
             offset=lambda: centre_l1_loss(offset, targets.offsets[kept]),
             depth=lambda: centre_l1_loss(depth, targets.depths[kept, None]),
         )
-        if self.weights["order"]:
-            terms["order"] = lambda: order_loss(polygon[..., 1])
-            polygon = torch.stack([polygon[..., 0], shift_angles(polygon[..., 1])], -1)  # in the published L1 too
         if self.polygon_loss:
-            terms["polygon"] = lambda: POLYGON_LOSSES[self.polygon_loss](polygon, code, self.coordinates)
+            terms["polygon"] = lambda: POLYGON_LOSSES[self.polygon_loss](self._ordered(polygon), code, self.coordinates)
         if self.region:
             terms["region"] = lambda: self._region(polygon, code, targets.vertices[kept])
+        if self.weights["order"]:
+            terms["order"] = lambda: order_loss(polygon[..., 1])
         return {name: self.weights[name] * term() for name, term in terms.items() if self.weights[name]}
+
+    def _ordered(self, polygon: Tensor) -> Tensor:
+        """With the order loss, whose angles the published L1 sees as that loss shifts them, the same; else the argument."""
+        if not self.weights["order"]:
+            return polygon
+        return torch.stack([polygon[..., 0], shift_angles(polygon[..., 1])], -1)
 
     def _region(self, polygon: Tensor, code: Tensor, vertices: Tensor) -> Tensor:
         if self.region == "exact":
