@@ -13,7 +13,7 @@ from pathlib import Path
 VERSION = 1
 """Of the generator and the layouts; a set of another version is written anew."""
 KEYS = ("layout", "train", "val", "seed", "height", "width")
-LAYOUTS = ("coco", "cityscapes", "ade20k", "camvid", "isbi2012", "dsb2018")
+LAYOUTS = ("coco", "cityscapes", "idd", "kitti", "ade20k", "camvid", "isbi2012", "dsb2018")
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 

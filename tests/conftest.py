@@ -8,20 +8,22 @@ import pytest
 import torch
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
 def make_shapes(tmp_path_factory: pytest.TempPathFactory):
     """Return a function that writes Shapes in a layout and returns its root; the same call is made once."""
+    from densepred.data.shapes_files import FIXED_COUNTS
+
     made: dict[str, Path] = {}
 
     def make(layout: str) -> Path:
         if layout not in made:
             made[layout] = tmp_path_factory.mktemp(f"shapes_{layout}")
-            train, val = ("24", "6") if layout == "isbi2012" else ("6", "3")  # that set has just so many
-            sizes = ["--train", train, "--val", val, "--height", "64", "--width", "80"]
+            train, val = FIXED_COUNTS.get(layout, {"train": 6, "val": 3}).values()
+            sizes = ["--train", str(train), "--val", str(val), "--height", "64", "--width", "80"]
             script = runpy.run_path(str(ROOT / "datasets" / "prepare_shapes.py"))
             script["main"](script["make_parser"]().parse_args([str(made[layout]), "--layout", layout, *sizes]))
         return made[layout]

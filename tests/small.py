@@ -26,7 +26,7 @@ SMALL_MASK2FORMER = LOADERS | {
     "model.head.criterion.num_points": 128,
 }
 SMALL_SEMANTIC = LOADERS | {"image_size": (64, 96)}
-"""Of the recipes with a SemanticHead."""
+"""Of the recipes with a SemanticHead, and of those with a PolygonHead."""
 SMALL_CROPS = {
     "base_size": (128, 64),
     "train_short_edges": [64, 72],
@@ -35,7 +35,12 @@ SMALL_CROPS = {
     "test_max_size": 128,
 }
 """Of recipes whose base has these sizes too."""
-SMALL_OF_HEAD = {"KMaXHead": SMALL, "Mask2FormerHead": SMALL_MASK2FORMER, "SemanticHead": SMALL_SEMANTIC}
+SMALL_OF_HEAD = {
+    "KMaXHead": SMALL,
+    "Mask2FormerHead": SMALL_MASK2FORMER,
+    "PolygonHead": SMALL_SEMANTIC,
+    "SemanticHead": SMALL_SEMANTIC,
+}
 NARROW = {"model.decoder.base_channels": (16, 16, 8, 8), "model.head.embed_dim": 32}
 
 

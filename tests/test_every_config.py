@@ -10,7 +10,7 @@ from densepred.engine.config import load_linked_config
 from tests.small import CONFIGS, small_recipe
 
 LAYOUTS = {"shapes": "coco"} | {
-    name: name for name in ("ade20k", "camvid", "cityscapes", "coco", "dsb2018", "isbi2012")
+    name: name for name in ("ade20k", "camvid", "cityscapes", "coco", "dsb2018", "idd", "isbi2012", "kitti")
 }
 NO_CHECKPOINTS = {  # of ConvNeXt-L they would take gigabytes
     "default_hooks.checkpoint.interval": -1,

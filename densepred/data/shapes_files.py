@@ -1,4 +1,4 @@
-"""Shapes on disk: scenes written in the layouts of COCO, Cityscapes, ADE20K, CamVid and two sets of microscope images."""
+"""Shapes on disk: scenes written in the layouts of COCO, of street scenes, of ADE20K and of microscope images."""
 
 import os
 from collections import Counter
@@ -12,6 +12,7 @@ from pycocotools import mask as rle
 
 from densepred.data import ade20k, binary, camvid, cityscapes
 from densepred.data.class_tables import CITYSCAPES
+from densepred.data.instances import OBJECT_DIVISOR
 from densepred.data.prepare import (
     categories_json,
     progress,
@@ -22,6 +23,7 @@ from densepred.data.prepare import (
     write_panoptic_png,
 )
 from densepred.data.shapes import CATEGORIES, CLASSES, Scene, make_scene
+from densepred.data.street_polygons import KITTI_VAL_STEP
 
 SPLITS = ("train", "val")
 BY_NAME = {c.name: c for c in CLASSES}
@@ -122,6 +124,28 @@ def cityscapes_polygons(scene: Scene) -> dict:
     return {"imgHeight": height, "imgWidth": width, "objects": objects}
 
 
+def write_idd(root: str, split: str, scenes: Iterable[Scene]) -> None:
+    """Write ``leftImg8bit/<split>/0/`` and the polygons in ``gtFine/<split>/0/``, under Cityscapes' names of classes."""
+    for number, scene in enumerate(scenes, 1):
+        _write_rgb(os.path.join(root, "leftImg8bit", split, "0", f"{number:06d}_leftImg8bit.png"), scene.image)
+        labels = os.path.join(root, "gtFine", split, "0", f"{number:06d}_gtFine_polygons.json")
+        write_json(labels, cityscapes_polygons(scene))
+
+
+def write_kitti(root: str, split: str, scenes: Iterable[Scene]) -> None:
+    """Write ``training/image_2/`` and ``training/instance/``; the one image of ``val`` is the 20th by name."""
+    for number, scene in enumerate(scenes, 1 if split == "train" else KITTI_VAL_STEP):
+        name = f"{number:06d}_10.png"
+        _write_rgb(os.path.join(root, "training", "image_2", name), scene.image)
+        ids = cityscapes_maps(scene)[1].astype(np.int64)
+        objects = ids >= OBJECT_DIVISOR
+        categories, numbers = (
+            np.where(objects, ids // OBJECT_DIVISOR, ids),
+            np.where(objects, ids % OBJECT_DIVISOR + 1, 0),
+        )
+        write_image(os.path.join(root, "training", "instance", name), (categories * 256 + numbers).astype(np.uint16))
+
+
 def write_ade20k(root: str, split: str, scenes: Iterable[Scene]) -> None:
     """Write ``images/``, ``annotations/`` and ``annotations_instance/`` and convert them to panoptic maps.
 
@@ -190,12 +214,17 @@ def write_dsb2018(root: str, split: str, scenes: Iterable[Scene]) -> None:
 LAYOUTS: dict[str, Callable[[str, str, Iterable[Scene]], None]] = {
     "coco": write_coco,
     "cityscapes": write_cityscapes,
+    "idd": write_idd,
+    "kitti": write_kitti,
     "ade20k": write_ade20k,
     "camvid": write_camvid,
     "isbi2012": write_isbi2012,
     "dsb2018": write_dsb2018,
 }
-FIXED_COUNTS = {"isbi2012": {split: len(numbers) for split, numbers in binary.SLICES.items()}}
+FIXED_COUNTS = {
+    "isbi2012": {split: len(numbers) for split, numbers in binary.SLICES.items()},
+    "kitti": {"train": KITTI_VAL_STEP - 1, "val": 1},
+}
 """Layouts that have just so many images."""
 
 

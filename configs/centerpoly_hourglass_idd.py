@@ -1,0 +1,20 @@
+"""CenterPoly v2, small hourglass, IDD, nine classes. Published: AP 17.40, AP50 45.10 (test).
+
+The published training starts from the Cityscapes model (load_from). Frames are letter-boxed.
+"""
+
+_base_ = [
+    "_base_/default_runtime.py",
+    "_base_/models/centerpoly.py",
+    "_base_/datasets/cityscapes_polygons.py",
+    "_base_/schedules/centerpoly.py",
+]
+
+num_classes = 9
+data_root = "datasets/idd"
+dataset_type = "IDDPolygons"
+compose = "idd"
+val_evaluator = dict(instance=dict(_delete_=True, type="CocoInstance"))
+train_cfg = dict(max_iters=419_600, val_interval=41_960)
+param_scheduler = [dict(type="MultiStepLR", milestones=[157_350, 209_800], gamma=0.1, by_epoch=False)]
+train_dataloader = dict(batch_size=4)
