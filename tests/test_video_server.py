@@ -430,6 +430,12 @@ def test_page_shows_the_frames_the_figures_and_the_chart(site: Site, window: Bro
     assert [line.count("M") + line.count("L") for line in lines] == [3, 3, 3]
     axis = window.run("return [...document.querySelectorAll('#chart text')].map(text => text.textContent)")
     assert axis == ["0", "10", "20", "30", "40", "60 s ago", "now"]
+    outside = "return [...document.querySelectorAll('#chart text')].filter(text => text.getBBox().x < 0).length"
+    slow = Meter(live=True)
+    slow.add(Packet(1, arrived=0.0, frame=None, ms={"decode": 4.0, "model": 9123.4, "draw": 99.94}), end=9.3)
+    site.hub.publish(picture(RED), slow.record(drops=0) | {"frames": 4})
+    until(lambda: window.text("#stages").split("\n")[1] == "model 9123 9123 9123")
+    assert window.run(outside) == 0
     assert window.complaints() == []
 
 
@@ -481,7 +487,7 @@ def test_page_tells_of_a_stalled_source_the_end_and_a_lost_connection_and_comes_
     site.hub.publish(picture(RED), record_of(1))
     window.open(site.server.url)
     until(lambda: window.text("#status") == "Live")
-    until(lambda: window.text("#status") == "No new frame: waiting for the source…")
+    until(lambda: window.text("#status") == "No new frame: the source or the model keeps it waiting…")
     site.server.stop()  # without an end: as if the program had died
     until(lambda: window.text("#status") == "Connection lost; trying again…")
     again = Site(str(site.port))
