@@ -35,9 +35,9 @@ def from_mask(mask: np.ndarray, box: np.ndarray, num_vertices: int, selection: s
 def from_outline(outline: np.ndarray, size: tuple[int, int], num_vertices: int, selection: str) -> np.ndarray | None:
     """Return the polygon (V, 2) float64 of an object by its outline (P, 2) in an image of this (H, W).
 
-    None for an outline of fewer than three points, without width or height, or outside the image.
+    None for an outline of fewer than three points, with all of them on one line, or outside the image.
     """
-    if len(outline) < 3 or (np.ptp(outline, axis=0) == 0).any():
+    if len(outline) < 3 or not spans_area(outline[None])[0]:
         return None
     if selection == "real_points":
         return real_points(clockwise(outline), num_vertices)

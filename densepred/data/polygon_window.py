@@ -152,8 +152,9 @@ class CenterNetColorJitter(BaseTransform):
     """CenterNet's photometric jitter: brightness, contrast and saturation in random order, then PCA lighting.
 
     Each of the three draws a factor 1 +- its strength; contrast blends with the image's mean grey, saturation with the grey
-    of each pixel, both of the image before any step. As all steps are linear they are applied as one, rounded and clipped
-    to uint8 once (the reference goes on with unclipped floats). Lighting adds the principal components of COCO's colours.
+    of each pixel, both of the image before any step. As all steps are linear they are applied as one, in fixed point (a
+    grey level off at most), and clipped to uint8 once; the reference goes on with unclipped floats. Lighting adds the
+    principal components of COCO's colours.
 
     Args:
         brightness, contrast, saturation: strengths, 0..1.
