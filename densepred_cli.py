@@ -189,6 +189,20 @@ def add_benchmark(parser: argparse.ArgumentParser) -> None:
     ops.add_argument("--device", default="cpu", help="cpu or cuda")
     ops.add_argument("--op", nargs="+", metavar="NAME", help="default: all")
     ops.add_argument("--repeats", type=int, default=5)
+    video = subjects.add_parser("video", help="the video demo's stages together against the slowest of them alone")
+    video.add_argument("config", nargs="?")
+    video.add_argument("checkpoint", nargs="?", help="default: weights as initialised")
+    video.add_argument("--source", metavar="FILE")
+    video.add_argument(
+        "--synthetic",
+        nargs=3,
+        type=float,
+        metavar=("DECODE", "MODEL", "DRAW"),
+        help="instead of a model on a file: milliseconds that each stage waits",
+    )
+    video.add_argument("--frames", type=int, default=60, help="of each pass")
+    video.add_argument("--repeats", type=int, default=3)
+    video.add_argument("--device", default="cpu")
 
 
 def run_benchmark(args: argparse.Namespace) -> None:
@@ -200,6 +214,11 @@ def run_benchmark(args: argparse.Namespace) -> None:
         from densepred.engine.benchmark_ops import benchmark_ops
 
         print(benchmark_ops(args.device, args.op, args.repeats))
+    elif args.subject == "video":
+        from densepred.video.benchmark import benchmark_video
+
+        what = (args.config, args.checkpoint, args.source, args.synthetic)
+        print(benchmark_video(*what, args.frames, args.repeats, args.device))
     else:
         from densepred.engine.benchmark_model import benchmark_model
 
@@ -227,7 +246,9 @@ def add_video(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config")
     parser.add_argument("checkpoint")
     parser.add_argument("--source", required=True, metavar="FILE|CAMERA|URL", help="a file, 0, rtsp://..., http://...")
-    parser.add_argument("--out", metavar="WEBM|MP4", help="write a video, VP9 or H.264; a .json beside it has the times")
+    parser.add_argument(
+        "--out", metavar="WEBM|MP4", help="write a video, VP9 or H.264; a .json beside it has the times"
+    )
     parser.add_argument("--show", action="store_true", help="open a window: space pauses, q ends")
     parser.add_argument("--serve", metavar="[HOST:]PORT", help="a web page with the live view; default host: 127.0.0.1")
     parser.add_argument("--max-frames", type=int, metavar="N")
