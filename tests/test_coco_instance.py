@@ -1,6 +1,7 @@
 """COCO's box and mask AP: files against pycocotools' numbers, the metric alone and in two processes, bad input."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -247,7 +248,13 @@ def test_command_prints_a_table_and_writes_null(tmp_path, capsys):
         ({"score": "high"}, "score 'high' is no number"),
         ({"image_id": 7}, r"pred\.json\[0\]: image_id 7, which the ground truth lacks"),
         ({"category_id": 1}, "category_id 1, which the ground truth lacks"),
-        ({"segmentation": [[1, 1, 9, 1, 9, 9]]}, "no compressed RLE"),
+        ({"segmentation": "1 1 9 1 9 9"}, "no compressed RLE"),
+        (
+            {"segmentation": [[1, 1, 9, 1]]},
+            r"holds \[1, 1, 9, 1\]; a polygon is \[x, y, \.\.\.\] of three points at least",
+        ),
+        ({"segmentation": [[1, 1, 9, 1, 9, math.nan]]}, "a polygon is"),
+        ({"segmentation": []}, "a polygon is"),
         ({"segmentation": {"size": [50, 40], "counts": "0"}}, r"mask of \[50, 40\] in an image of \[40, 50\]"),
         ({"truth": {"images": []}}, r"gt\.json: annotations\[0\]: image_id 1, which the file lacks"),
         ({"truth": {"categories": {}}}, r"gt\.json: lacks the list `categories`"),

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import cv2
@@ -26,6 +26,7 @@ from densepred.data.dataset import resolve_data_root
 from densepred.evaluation.boundary import contours, mask_contour
 from densepred.evaluation.record import check_counted, write_record
 from densepred.evaluation.table import text_table
+from densepred.heads.polygon_masks import depth_order
 from densepred.registry import METRICS
 from densepred.structures import require_fields
 
@@ -232,19 +233,21 @@ class FolderWriter:
 
     Args:
         out_dir: Output folder, created.
+        mask_dir: Folder of the masks beside the text files; empty: none of their own.
     """
 
-    def __init__(self, out_dir: str | Path) -> None:
-        self.out_dir = Path(out_dir)
+    def __init__(self, out_dir: str | Path, mask_dir: str = "masks") -> None:
+        self.out_dir, self.mask_dir = Path(out_dir), mask_dir
 
-    def write(self, frame: str, masks: np.ndarray, label_ids: Sequence[int], scores: Sequence[float]) -> None:
-        """Write one frame: masks (N, H, W) bool, their label ids and scores."""
-        (self.out_dir / "masks").mkdir(parents=True, exist_ok=True)
-        names = [f"masks/{frame}_{number:03d}.png" for number in range(len(masks))]
+    def write(self, frame: str, masks: Sequence[np.ndarray], label_ids: Sequence[int], scores: Sequence[float]) -> None:
+        """Write one frame: masks (H, W) bool, their label ids and scores; its name may begin with a folder."""
+        folder, stem = (self.out_dir / frame).parent, Path(frame).name
+        (folder / self.mask_dir).mkdir(parents=True, exist_ok=True)
+        names = [str(PurePosixPath(self.mask_dir, f"{stem}_{number:03d}.png")) for number in range(len(masks))]
         with ThreadPoolExecutor(4) as pool:  # zlib runs without the GIL
-            list(pool.map(_write_mask, [self.out_dir / name for name in names], masks))
+            list(pool.map(_write_mask, [folder / name for name in names], masks))
         lines = [f"{name} {label} {score!r}\n" for name, label, score in zip(names, label_ids, scores, strict=True)]
-        (self.out_dir / f"{frame}.txt").write_text("".join(lines))
+        (folder / f"{stem}.txt").write_text("".join(lines))
 
 
 @METRICS.register_module()
@@ -258,7 +261,9 @@ class CityscapesInstance(BaseMetric):
     Args:
         data_root: Folder with ``gtFine/``, see `densepred.data.dataset.resolve_data_root`.
         split: ``train`` or ``val``.
-        out_dir: Folder for the predictions in the official format.
+        out_dir: Folder for the predictions in the official format, the nearest first where their ``depths`` are known.
+        score_factor: Scores are multiplied by it and end at 1, where they are counted and where they are written; CenterPoly
+            v2 publishes 1.2. Detections that reach 1 are then equally sure.
 
     Attributes:
         per_class: Name -> ``ap``, ``ap50%`` (0..1) of the last evaluation.
@@ -267,11 +272,14 @@ class CityscapesInstance(BaseMetric):
         FileNotFoundError: There are no labels of the split.
     """
 
-    def __init__(self, data_root: str, split: str = "val", out_dir: str | None = None) -> None:
+    def __init__(
+        self, data_root: str, split: str = "val", out_dir: str | None = None, score_factor: float = 1.0
+    ) -> None:
         super().__init__(prefix="instance")  # without one MMEngine warns; `evaluate` does without
         self.gt_dir = Path(resolve_data_root(data_root)) / "gtFine" / split
         if not self.gt_dir.is_dir():
             raise FileNotFoundError(f"CityscapesInstance: {self.gt_dir} does not exist; see datasets/README.md")
+        self.score_factor = score_factor
         self.per_class: dict[str, dict] = {}
         self._record: dict[str, Any] | None = None
         self._writer = None if out_dir is None else FolderWriter(out_dir)
@@ -281,9 +289,16 @@ class CityscapesInstance(BaseMetric):
         """Count a batch of samples (as dictionaries, see MMEngine's ``Evaluator``)."""
         for sample in data_samples:
             (prediction,) = require_fields(sample, "pred_instances")
+            if "masks" not in prediction:
+                raise ValueError(
+                    f"{sample['img_path']}: pred_instances has no masks; set model.head.compose='cityscapes'"
+                )
             frame = Path(sample["img_path"]).stem.removesuffix("_leftImg8bit")
             masks = prediction["masks"].cpu().numpy()
-            scores = prediction["scores"].cpu().double().tolist()
+            scores = prediction["scores"].cpu().double()
+            if self.score_factor != 1:
+                scores = (self.score_factor * scores).clamp(max=1)
+            scores = scores.tolist()
             truth = read_instance_ids(self.gt_dir / frame.split("_")[0] / f"{frame}{TRUTH_SUFFIX}")
             try:
                 label_ids = self._category_ids(prediction["labels"].tolist())
@@ -291,8 +306,11 @@ class CityscapesInstance(BaseMetric):
             except ValueError as error:
                 raise ValueError(f"{sample['img_path']}: {error}") from error
             if self._writer is not None:
-                kept = [n for n, label in enumerate(label_ids) if label in instance_names()]
-                self._writer.write(frame, masks[kept], [label_ids[n] for n in kept], [scores[n] for n in kept])
+                order = depth_order(prediction) if "depths" in prediction else range(len(label_ids))
+                kept = [n for n in order if label_ids[n] in instance_names()]
+                self._writer.write(
+                    frame, [masks[n] for n in kept], [label_ids[n] for n in kept], [scores[n] for n in kept]
+                )
 
     def evaluate(self, size: int) -> dict[str, float]:
         """Join the processes' counts, print the table, begin anew, and return the metrics on every rank.

@@ -186,7 +186,8 @@ class CocoInstance(BaseMetric):
                 self._check_fit(sample["img_id"], detections, objects)
             except ValueError as error:
                 raise ValueError(f"{sample.get('img_path', 'a sample')}: {error}") from error
-            self._writer.add(partial(image_record, sample["img_id"], detections, objects))
+            held = sum(array.nbytes for arrays in (detections, objects or {}) for array in arrays.values())
+            self._writer.add(partial(image_record, sample["img_id"], detections, objects), held)
 
     def evaluate(self, size: int) -> dict[str, float]:
         """Score the detections of all processes, print the table, begin anew, and return the metrics on every rank.

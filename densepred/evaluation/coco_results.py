@@ -23,6 +23,8 @@ GEOMETRY = {"segm": "segmentation", "bbox": "bbox"}
 """The key that carries a detection's shape, by type of IoU."""
 BACKLOG = 4
 """Images whose masks may wait for the encoding thread: N * H * W bytes each."""
+BACKLOG_BYTES = 512 * 1024**2
+"""All those masks together, unless one image alone has more."""
 
 
 def read_truth(path: str | Path, iou_types: Iterable[str] = ("segm",)) -> dict[str, list[dict]]:
@@ -58,12 +60,12 @@ def read_truth(path: str | Path, iou_types: Iterable[str] = ("segm",)) -> dict[s
 
 
 def read_results(path: str | Path, truth: Mapping[str, list[dict]], iou_type: str) -> list[dict]:
-    """Return the detections of a JSON in COCO's result format, each with exactly the keys that count.
+    """Return the detections of a JSON in COCO's result format, each with exactly the keys that count, polygons filled.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is not JSON or no list, a record lacks a key or names an image or category that the truth lacks, a
-            mask is no compressed RLE of the image's size.
+            mask is no compressed RLE of the image's size and no list of polygons.
     """
     content = read_json_file(path, "a COCO result file")
     if not isinstance(content, list):
@@ -77,8 +79,12 @@ def read_results(path: str | Path, truth: Mapping[str, list[dict]], iou_type: st
         _require_known(record, sizes, categories, where, "the ground truth")
         if not isinstance(record["score"], int | float) or math.isnan(record["score"]):
             raise ValueError(f"{where}: score {record['score']!r} is no number")
-        check = _check_rle if iou_type == "segm" else _check_box
-        check(record[GEOMETRY[iou_type]], sizes[record["image_id"]], where)
+        shape, size = record[GEOMETRY[iou_type]], sizes[record["image_id"]]
+        if iou_type == "segm" and isinstance(shape, list):
+            record["segmentation"] = _fill_polygons(shape, size, where)
+        else:
+            check = _check_rle if iou_type == "segm" else _check_box
+            check(shape, size, where)
     return [{key: record[key] for key in keys} for record in content]
 
 
@@ -126,18 +132,25 @@ class LineWriter:
         self.path = self._folder / f"instances.rank{rank}.jsonl"
         self._file: TextIO = self.path.open("w", encoding="utf-8")
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        self._pending: deque[Future] = deque()
+        self._pending: deque[tuple[Future, int]] = deque()
 
-    def add(self, make_record: Callable[[], dict]) -> None:
-        """Have a record made and written; waits while `BACKLOG` others are under way."""
-        while len(self._pending) >= BACKLOG:
-            self._pending.popleft().result()
-        self._pending.append(self._pool.submit(self._write, make_record))
+    def add(self, make_record: Callable[[], dict], num_bytes: int = 0) -> None:
+        """Have a record made and written; waits while `BACKLOG` others, or `BACKLOG_BYTES` with this one, are under way.
+
+        Args:
+            make_record: Called in the thread.
+            num_bytes: What it holds in memory.
+        """
+        while self._pending and (
+            len(self._pending) >= BACKLOG or sum(held for _, held in self._pending) + num_bytes > BACKLOG_BYTES
+        ):
+            self._pending.popleft()[0].result()
+        self._pending.append((self._pool.submit(self._write, make_record), num_bytes))
 
     def close(self) -> None:
         """Wait for all records and flush them."""
         try:
-            for future in self._pending:
+            for future, _ in self._pending:
                 future.result()
         finally:
             self._pool.shutdown()
@@ -208,6 +221,23 @@ def _require_known(record: Mapping, images: Iterable, categories: Iterable, wher
     for key, known in (("image_id", images), ("category_id", categories)):
         if record[key] not in known:
             raise ValueError(f"{where}: {key} {record[key]!r}, which {whose} lacks")
+
+
+def _fill_polygons(polygons: list, size: list[int], where: str) -> dict:
+    """Return the compressed RLE of the union of polygons [x, y, ...]."""
+    from pycocotools import mask as mask_api
+
+    for polygon in polygons or [None]:
+        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not _finite(polygon):
+            raise ValueError(
+                f"{where}: `segmentation` holds {polygon!r}; a polygon is [x, y, ...] of three points at least"
+            )
+    rle = mask_api.merge(mask_api.frPyObjects(polygons, *size))
+    return {"size": size, "counts": rle["counts"].decode()}
+
+
+def _finite(values: list) -> bool:
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
 def _check_rle(mask: Any, size: list[int], where: str) -> None:

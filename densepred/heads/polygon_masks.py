@@ -13,6 +13,7 @@ Coordinates are image pixels, x before y, pixel centres at whole numbers. What n
   and ``idd``; nothing under ``each``.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -127,6 +128,11 @@ def compose_masks(
         if np.count_nonzero(own) < how.min_pixels:
             passed[n] = own[...] = False
     return torch.from_numpy(masks).to(polygons.device), torch.from_numpy(passed).to(polygons.device)
+
+
+def depth_order(instances: Mapping[str, Tensor]) -> list[int]:
+    """Return the numbers of detections, the nearest first, by ``depths`` (N,) and ``labels`` (N,) as `compose_masks` has it."""
+    return np.lexsort([instances[name].cpu().numpy() for name in ("labels", "depths")]).tolist()
 
 
 def whole_pixels(vertices: np.ndarray) -> np.ndarray:
