@@ -21,12 +21,14 @@ ENCODERS = {
     "convnext": dict(type="ConvNeXt", arch="tiny", output_norm=True),
     "swin": dict(type="SwinTransformer", embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), window_size=4),
     "mit": dict(type="MixVisionTransformer", arch="b0"),
+    "dla": dict(type="DLA34"),
     "unet": dict(type="UNetEncoder", style="keras", widths=(8, 16, 24, 32, 40)),
     "unet_strided": dict(type="UNetEncoder", style="nnunet", widths=(8, 16, 24, 32, 40)),
 }
 DECODERS = {
     "fcn": dict(type="FCNDecoder", channels=16),
     "fpn": dict(type="FPNDecoder", pyramid_channels=24, channels=16),
+    "dla_up": dict(type="DLAUp"),
     "psp": dict(type="PSPDecoder", channels=16),
     "aspp": dict(type="ASPPDecoder", channels=16, dilations=(1, 2, 3)),
     "uper": dict(type="UPerDecoder", channels=16),
