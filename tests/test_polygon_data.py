@@ -87,7 +87,12 @@ def test_windows_move_polygons_as_the_official_sampler(run):
     meta, expected = parity.case(CASE)
     config = meta["config"]["runs"][run]
     records = [
-        dict(vertices=np.array(a["poly"]).reshape(-1, 2), label=a["category_id"] - 1, depth=a["pseudo_depth"])
+        dict(
+            vertices=np.array(a["poly"]).reshape(-1, 2),
+            label=a["category_id"] - 1,
+            depth=a["pseudo_depth"],
+            box=np.add(a["bbox"], [0, 0, *a["bbox"][:2]]),
+        )
         for a in meta["input"]["annotations"]
     ]
     image = np.zeros((1024, 2048, 3), np.uint8)
@@ -102,7 +107,9 @@ def test_windows_move_polygons_as_the_official_sampler(run):
     if run.endswith("polar"):  # this coordinate system leaves out the car that runs counter-clockwise
         kept &= results["pseudo_depths"] != 31
     vertices, centres = vertices[kept], vertices[kept].mean(1)
+    boxes = np.clip(results["polygon_boxes"].astype(float) / 4, 0, [255, 127] * 2)[kept]
     np.testing.assert_allclose(centres, expected[f"{run}/peak"][used], atol=1e-3)
+    np.testing.assert_allclose(boxes[:, 2:] - boxes[:, :2], expected[f"{run}/wh"][used], atol=1e-3)
     np.testing.assert_array_equal(results["pseudo_depths"][kept], expected[f"{run}/pseudo_depth"][used, 0])
     if not run.endswith("polar"):
         official = expected[f"{run}/poly"][used].reshape(-1, 16, 2)
@@ -207,9 +214,12 @@ def test_masks_of_every_layout_become_polygons_around_them(make_shapes):
         overlaps = []
         for sample in data:
             masks = LoadInstances()({**sample})
-            bottoms = sample["polygons"][..., 1].max(1)
+            boxes = sample["polygon_boxes"].reshape(-1, 2, 2)
+            assert (sample["polygons"] >= boxes[:, :1]).all() and (sample["polygons"] <= boxes[:, 1:]).all()
             assert sample["polygons"].dtype == np.float32 and sample["polygons"].shape[1:] == (16, 2)
-            assert (np.diff(bottoms) <= 16).all() and (np.diff(sample["pseudo_depths"]) > 0).all()  # lower is nearer
+            assert (np.diff(boxes[:, 1, 1]) <= 0).all() and (
+                np.diff(sample["pseudo_depths"]) > 0
+            ).all()  # lower is nearer
             for polygon, label in zip(sample["polygons"], sample["polygon_labels"], strict=True):
                 shape = drawn(polygon, masks["ori_shape"])
                 same = masks["masks"][masks["mask_labels"] == label]
@@ -269,7 +279,7 @@ def test_an_image_without_objects_goes_all_the_way(tmp_path):
         dict(type="PackSegInputs"),
     ]
     sample = CityscapesPolygons(str(tmp_path), "train", pipeline)[0]["data_samples"]
-    assert sample.gt_polygons.polygons.shape == (0, 16, 2) and sample.gt_polygons.depths.shape == (0,)
+    assert sample.gt_polygons.polygons.shape == (0, 16, 2) and sample.gt_polygons.bboxes.shape == (0, 4)
     assert sample.gt_instances.masks.shape == (0, 64, 96)
 
 
@@ -278,6 +288,7 @@ def test_packed_polygons_and_their_window():
     sample = packed["data_samples"]
     assert packed["inputs"].shape == (3, 128, 192) and sample.img_shape == (128, 192) and sample.ori_shape == (64, 96)
     torch.testing.assert_close(sample.gt_polygons.polygons[0], torch.tensor(SQUARE).float() * 2)
+    assert sample.gt_polygons.bboxes.tolist() == [[20, 20, 80, 80]]
     assert sample.gt_polygons.labels.dtype == torch.int64 and sample.gt_polygons.depths.dtype == torch.float32
     np.testing.assert_allclose(sample.affine, [[2, 0, 0], [0, 2, 0]])
     bare = dict(img=np.zeros((64, 96, 3), np.uint8), img_path=None, img_id=0, ori_shape=(64, 96), img_shape=(64, 96))
@@ -384,7 +395,7 @@ def test_kitti_reads_its_maps_and_validates_on_every_twentieth(kitti):
 
 
 LINES = [
-    "/somewhere/a/one.png,10,10,40,40,car,1,10,10,40,10,40,40,10,40",
+    "/somewhere/a/one.png,9,10,41,41,car,1,10,10,40,10,40,40,10,40",
     "/somewhere/a/one.png,1,1,4,4,person,0,1,1,4,1,4,4,1,4",
     r"C:\elsewhere\two.png,-1,-1,-1,-1,no_object,0",
 ]
@@ -397,8 +408,8 @@ def own(tmp_path):
     (tmp_path / "own.csv").write_text("\n".join(LINES) + "\n")
     categories = [dict(id=3, name="car"), dict(id=1, name="person")]
     annotations = [
-        dict(image_id=7, category_id=3, poly=np.ravel(SQUARE).tolist(), pseudo_depth=1),
-        dict(image_id=7, category_id=1, poly=[1, 1, 4, 1, 4, 4, 1, 4], pseudo_depth=0),
+        dict(image_id=7, category_id=3, bbox=[9, 10, 32, 31], poly=np.ravel(SQUARE).tolist(), pseudo_depth=1),
+        dict(image_id=7, category_id=1, bbox=[1, 1, 3, 3], poly=[1, 1, 4, 1, 4, 4, 1, 4], pseudo_depth=0),
     ]
     images = [dict(id=7, file_name="/x/one.png"), dict(id=8, file_name="two.png")]
     content = dict(images=images, categories=categories, annotations=annotations)
@@ -413,6 +424,7 @@ def test_own_polygons_from_csv_and_json(own, file):
     first, second = data[0], data[1]
     assert [data.metainfo["classes"][i] for i in first["polygon_labels"]] == ["person", "car"]  # front to back
     assert first["polygons"][1].tolist() == SQUARE and first["pseudo_depths"].tolist() == [0, 1]
+    assert first["polygon_boxes"].tolist() == [[1, 1, 4, 4], [9, 10, 41, 41]]  # as annotated, not the vertices' own
     assert second["polygons"].shape == (0, 4, 2) and Path(second["img_path"]).name == "two.png"
     assert len(CenterPolyFile(str(own), file, "images", filter_empty=True)) == 1
     assert data.metainfo["category_ids"][data.metainfo["classes"].index("car")] == 26
@@ -429,8 +441,8 @@ def test_own_classes_in_an_order_of_ones_own(own):
     [
         ("one.png,1,2,3", r"own.csv:4 has 4 fields"),
         ("one.png,1,1,4,4,cow,0,1,1,4,1,4,4,1,4", r"own.csv:4 has the class 'cow', .*set classes"),
-        ("one.png,1,1,4,4,car,0,1,1,4,1,4,4,1", r"own.csv:4: depth and vertices must be numbers"),
-        ("one.png,1,1,4,4,car,near,1,1,4,1,4,4,1,4", r"own.csv:4: depth and vertices must be numbers"),
+        ("one.png,1,1,4,4,car,0,1,1,4,1,4,4,1", r"own.csv:4: depth, box and vertices must be numbers"),
+        ("one.png,1,1,4,4,car,near,1,1,4,1,4,4,1,4", r"own.csv:4: depth, box and vertices must be numbers"),
         ("one.png,1,1,4,4,car,0,1,1,4,nan,4,4,1,4", r"own.csv:4: a polygon of 4 vertices; .*finite"),
         ("one.png,0,0,1,1,car,0", r"own.csv:4: a polygon of 0 vertices; it needs three"),
         ("one.png,1,1,4,4,car,0,1,1,4,1,4,4", r"own.csv has polygons of 4 vertices .* and of 3"),
@@ -449,7 +461,11 @@ def test_wrong_lines_are_named(own, line, message):
         (lambda c: c["annotations"][0].pop("poly"), r"annotations\[0\] lacks the key 'poly'"),
         (lambda c: c["annotations"][1].update(image_id=5), r"annotations\[1\] is of image 5"),
         (lambda c: c["annotations"][1].update(category_id=9), r"annotations\[1\] has the class 9"),
-        (lambda c: c["annotations"][1].update(poly=None), r"annotations\[1\]: depth and vertices must be numbers"),
+        (lambda c: c["annotations"][1].update(poly=None), r"annotations\[1\]: depth, box and vertices must be numbers"),
+        (
+            lambda c: c["annotations"][0].update(bbox=[1, 2]),
+            r"annotations\[0\]: depth, box and vertices must be numbers",
+        ),
         (lambda c: c["images"][1].update(file_name="y/one.png"), "file_name 'one.png'"),
         (lambda c: c["images"][1].update(id=7), "id in images 7"),
     ],

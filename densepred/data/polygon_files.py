@@ -16,7 +16,7 @@ NO_OBJECT = "no_object"
 """In the CSV: the label of a line that only names an image."""
 RECORDS = {
     "images": ("id", "file_name"),
-    "annotations": ("image_id", "category_id", "poly", "pseudo_depth"),
+    "annotations": ("image_id", "category_id", "bbox", "poly", "pseudo_depth"),
     "categories": ("id", "name"),
 }
 CITYSCAPES_THINGS = tuple(row for row in CITYSCAPES if row[2])
@@ -28,8 +28,8 @@ class CenterPolyFile(SegDataset):
 
     CSV, no header, one object a line: ``image, x0, y0, x1, y1, label, depth, x, y, x, y, ...``; an image without objects
     has the label ``no_object``. JSON: ``images`` (id, file_name), ``categories`` (id, name) and ``annotations`` (image_id,
-    category_id, poly [x, y, ...], pseudo_depth). Coordinates are pixels of the image, depth 0 is nearest. Of an image's
-    name its last part counts; the file of that name is looked for in all of ``image_dir``.
+    category_id, bbox [x, y, w, h], poly [x, y, ...], pseudo_depth). Coordinates are pixels of the image, depth 0 is
+    nearest. Of an image's name its last part counts; the file of that name is looked for in all of ``image_dir``.
 
     Source: KatiaJDL/CenterPoly-v2, ``BBoxes/``.
 
@@ -100,7 +100,7 @@ def read_csv(path: str, classes: Sequence[str]) -> dict[str, list[dict]]:
     """Return the objects of each image by the last part of its name, in the order of the file.
 
     Returns:
-        Dicts with ``label``, ``depth``, ``vertices`` (V, 2) float32 and ``iscrowd`` False.
+        Dicts with ``label``, ``depth``, ``vertices`` (V, 2) float32, ``box`` (4,) float32 xyxy and ``iscrowd`` False.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -122,7 +122,7 @@ def read_csv(path: str, classes: Sequence[str]) -> dict[str, list[dict]]:
             objects = images.setdefault(_last_part(fields[0]), [])
             if fields[5] != NO_OBJECT:
                 label = _label(fields[5], labels, where)
-                objects.append(_record(label, fields[6], fields[7:], where))
+                objects.append(_record(label, fields[6], fields[1:5], fields[7:], where))
     _require_one_count(images, path)
     return images
 
@@ -150,7 +150,8 @@ def read_json(path: str, classes: Sequence[str] | None) -> tuple[tuple[str, ...]
             raise ValueError(f"{where} is of image {annotation['image_id']!r}, which is not in 'images'")
         category = annotation["category_id"]
         label = _label(by_id.get(category, category), labels, where)
-        record = _record(label, annotation["pseudo_depth"], annotation["poly"], where)
+        record = _record(label, annotation["pseudo_depth"], annotation["bbox"], annotation["poly"], where)
+        record["box"][2:] += record["box"][:2]  # from x, y, width, height
         images[files[annotation["image_id"]]].append(record)
     _require_one_count(images, path)
     return names, images
@@ -191,15 +192,17 @@ def _label(name: object, labels: dict[str, int], where: str) -> int:
     return labels[name]
 
 
-def _record(label: int, depth: object, coordinates: Sequence, where: str) -> dict:
+def _record(label: int, depth: object, box: Sequence, coordinates: Sequence, where: str) -> dict:
     try:
         vertices = np.array(coordinates, np.float32).reshape(-1, 2)  # (V, 2)
-        depth = float(depth)
+        depth, box = float(depth), np.array(box, np.float32).reshape(4)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: depth and vertices must be numbers, x and y of each vertex ({error})") from None
-    if not np.isfinite([depth, *vertices.flat]).all() or len(vertices) < 3:
+        raise ValueError(
+            f"{where}: depth, box and vertices must be numbers, x and y of each vertex ({error})"
+        ) from None
+    if not np.isfinite([depth, *box, *vertices.flat]).all() or len(vertices) < 3:
         raise ValueError(f"{where}: a polygon of {len(vertices)} vertices; it needs three, and finite numbers")
-    return {"label": label, "depth": depth, "vertices": vertices, "iscrowd": False}
+    return {"label": label, "depth": depth, "vertices": vertices, "box": box, "iscrowd": False}
 
 
 def _require_one_count(images: dict[str, list[dict]], path: str) -> None:

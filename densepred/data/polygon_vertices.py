@@ -94,6 +94,11 @@ def grid_based(mask: np.ndarray, box: np.ndarray, num_vertices: int) -> np.ndarr
     return first_hits(mask, starts - corner(box), ends - corner(box))
 
 
+def box_of(points: np.ndarray) -> np.ndarray:
+    """Return the box (4,) xyxy of points (P, 2), P >= 1."""
+    return np.concatenate([points.min(0), points.max(0)])
+
+
 def corner(box: np.ndarray) -> np.ndarray:
     """Return (2,) int64, the first pixel of the image that a box (4,) xyxy holds."""
     return np.maximum(box[:2], 0).astype(np.int64)
@@ -181,7 +186,7 @@ def outline_mask(outline: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray
         The mask (h, w) bool of the part of the outline's box that lies inside the image, empty where none does, and the box
         (4,) xyxy.
     """
-    box = np.concatenate([outline.min(0), outline.max(0)])
+    box = box_of(outline)
     first = corner(box)
     columns, rows = np.minimum(box[2:].astype(np.int64) + 1, size[::-1]) - first
     if columns < 1 or rows < 1:

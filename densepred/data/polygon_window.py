@@ -36,7 +36,8 @@ class PolygonWindow(BaseTransform):
     image that ``border`` says (halved until there is one), and the image is mirrored with probability ``flip``.
 
     Sets ``img``, ``img_shape`` and ``affine`` (2, 3) float64, which maps pixels of the file to those of the window.
-    ``polygons``, if there, are mapped and clipped to 0..W-1 and 0..H-1; an object that is left without area goes. Depths
+    ``polygons`` and ``polygon_boxes``, if there, are mapped and clipped to 0..W-1 and 0..H-1; an object that is left
+    without area goes. Depths
     are not counted anew.
 
     Args:
@@ -98,10 +99,14 @@ class PolygonWindow(BaseTransform):
         polygons = results["polygons"].astype(np.float64)  # (N, V, 2)
         if mirrored and self.reorder_flip:
             polygons = reverse_order(polygons, results["mirrored_first"])
-        polygons = map_points(polygons, results["affine"])
-        polygons = np.clip(polygons, 0, np.array(self.size[::-1]) - 1).astype(np.float32)
-        kept = spans_area(polygons)
-        results["polygons"] = polygons[kept]
+        corners = results["polygon_boxes"].astype(np.float64).reshape(-1, 2, 2)
+        polygons, corners = (
+            np.clip(map_points(points, results["affine"]), 0, np.array(self.size[::-1]) - 1).astype(np.float32)
+            for points in (polygons, corners)
+        )
+        boxes = np.concatenate([corners.min(1), corners.max(1)], axis=1)  # (N, 4)
+        kept = spans_area(polygons) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+        results["polygons"], results["polygon_boxes"] = polygons[kept], boxes[kept]
         for key in ("polygon_labels", "pseudo_depths", "mirrored_first"):
             results[key] = results[key][kept]
         return results

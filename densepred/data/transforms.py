@@ -460,8 +460,8 @@ class PackSegInputs(BaseTransform):
 
     The sample carries ``gt_panoptic`` (ids int32) when the results have ``panoptic``, ``gt_semantic`` (int64) when they
     have ``semantic``, ``gt_instances`` when they have ``masks`` (those without a pixel are left out; boxes are xyxy at
-    pixel edges), ``gt_polygons`` (``polygons`` (N, V, 2) xy, ``labels``, ``depths``) when they have ``polygons``,
-    ``padding`` (H, W) bool when they have that; ``affine``, if set, is metadata. Generator and data set stay behind.
+    pixel edges), ``gt_polygons`` (``polygons`` (N, V, 2) xy, ``bboxes``, ``labels``, ``depths``) when they have
+    ``polygons``, ``padding`` (H, W) bool when they have that; ``affine``, if set, is metadata. The rest stays behind.
     """
 
     def transform(self, results: dict) -> dict:
@@ -477,8 +477,8 @@ class PackSegInputs(BaseTransform):
         if "masks" in results:
             sample.gt_instances = _pack_instances(results["masks"], results["mask_labels"])
         if "polygons" in results:
-            names = {"polygons": "polygons", "labels": "polygon_labels", "depths": "pseudo_depths"}
-            sample.gt_polygons = InstanceData(**{name: torch.from_numpy(results[key]) for name, key in names.items()})
+            fields = dict(polygons="polygons", bboxes="polygon_boxes", labels="polygon_labels", depths="pseudo_depths")
+            sample.gt_polygons = InstanceData(**{name: torch.from_numpy(results[key]) for name, key in fields.items()})
         if "padding" in results:
             sample.padding = torch.from_numpy(np.ascontiguousarray(results["padding"]))
         inputs = torch.from_numpy(np.ascontiguousarray(results["img"].transpose(2, 0, 1)))  # (3, H, W)
