@@ -206,3 +206,13 @@ def test_real_points_thin_out_and_refine_any_outline():
     refined = real_points(np.array([[0.0, 0], [12, 0], [12, 9]]), 5)
     assert refined.tolist() == [[0, 0], [6, 0], [12, 0], [12, 4], [12, 9]]
     assert area(clockwise(disc()[::-1])) > 0 and (clockwise(disc()) == disc()).all()
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_self_crossing_outline_is_filled_even_odd(selection):
+    pentagram = np.array([(90, 6), (144, 168), (6, 66), (174, 66), (36, 168)], float)
+    polygon = from_outline(pentagram, (200, 220), 16, selection)
+    assert polygon.shape == (16, 2) and spans_area(polygon[None])[0]
+    if selection == "grid_based":  # the line through the middle meets a tip from above, and nothing in the heart
+        heart = from_outline(pentagram, (200, 220), 6, selection)
+        assert heart[1][1] < 20 and heart[4][1] < 90
