@@ -14,6 +14,7 @@ from densepred.engine.benchmark_ops import (
     criss_cross_by_einsum,
     criss_cross_by_mask,
     criss_cross_inputs,
+    deform_conv_inputs,
     deformable_inputs,
     kmeans_inputs,
     measure,
@@ -36,6 +37,7 @@ TINY = [
     *(replace(tiny("criss_cross_attention", CROSS), theirs=f) for f in (criss_cross_by_bmm, criss_cross_by_einsum)),
     replace(tiny("criss_cross_attention", CROSS), theirs=criss_cross_by_mask),
     tiny("kmeans_attention", partial(kmeans_inputs, 6, 8, 5)),
+    tiny("modulated_deform_conv2d", partial(deform_conv_inputs, 5, 7, 4, 6)),
     tiny("ms_deform_attn", partial(deformable_inputs, (5, 3), 4)),
     tiny("varying_window_attention", partial(varying_window_inputs, 16, 24, 8, 2)),
 ]
