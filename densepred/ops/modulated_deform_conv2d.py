@@ -5,10 +5,10 @@
 
 A tap of a column (taps times C numbers, one column an output pixel) is a weighted sum of four pixels: `embedding_bag`
 sums the rows of a channels-last map without a tensor of the gathered pixels, and one matrix product with the weight
-follows. Both run over some hundred output pixels at a time, so that the columns stay in the cache and never exist as a
+follows. Both run over a block of output pixels at a time, so that the columns stay in the cache and never exist as a
 whole. The backward samples them again. Against one `grid_sample` of all taps and one product (CPU, float32, 3x3 taps): equally
 fast forward and 1.2 times with the backward at 512 channels on 16x32, where the product is all, up to 2.9 and 2.4 times at
-64 channels on 128x256, in a fifth of the memory.
+64 channels on 128x256, there in a fifth of the memory or less (`tools/benchmark.py ops`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from torch.nn import functional
 from densepred.ops.backend import backend_name
 
 _BLOCK = {"cpu": 1 << 20}
-"""Numbers of columns held at a time, by device: fewer cost more calls, more leave the caches. Elsewhere what keeps the device busy."""
+"""Numbers of columns held at a time: fewer cost more calls, more leave the caches. Elsewhere what keeps the device busy."""
 _LARGE_BLOCK = 1 << 26
 
 
