@@ -57,12 +57,15 @@ class VideoSource:
         self._newest = time.monotonic()
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        while not self._closed.is_set():
-            frame = self._read()
-            if frame is not None:
-                yield frame
-            elif not (self.live and self._reconnect()):
-                return
+        try:
+            while not self._closed.is_set():
+                frame = self._read()
+                if frame is not None:
+                    yield frame
+                elif not (self.live and self._reconnect()):
+                    return
+        finally:
+            self._capture.release()
 
     def record(self) -> dict:
         """Return what happened: ``frames``, ``unreadable``, ``reconnects``, ``size_changes``, ``announced`` (or None)."""
@@ -137,7 +140,6 @@ def open_capture(name: str, timeout: float) -> "cv2.VideoCapture | MJPEGCapture"
         timeout: seconds to wait for a connection, and for each frame of it.
     """
     check_source(name)
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg complains of every damaged frame
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     if is_camera(name):
         capture = cv2.VideoCapture(int(name))

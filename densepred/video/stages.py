@@ -134,7 +134,7 @@ class Meter:
             for name, ms in packet.ms.items():
                 self.stages[name].add(ms)
             self.latency.add(1000 * (end - packet.arrived))
-            self._first = self._first or end
+            self._first = self._first if self.frames else end
             self._ends.append(end)
             self.frames += 1
 
