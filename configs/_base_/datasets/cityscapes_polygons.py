@@ -6,7 +6,8 @@ depth_weight = 0.1
 compose = "cityscapes"  # how overlaps are cut, see densepred.heads.polygon_masks
 vertex_selection = "regular_interval"
 tasks = ["instance"]
-image_size = (512, 1024)  # (height, width) of the network's input; frames are letter-boxed into it
+whole_image = True  # in tests: letter-boxed; False: as wide as the input, as published
+image_size = (512, 1024)  # (height, width) of the network's input
 data_root = "datasets/cityscapes"
 dataset_type = "CityscapesPolygons"
 
@@ -20,7 +21,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type="LoadImage"),
     dict(type="LoadPolygons", num_vertices="${num_vertices}", selection="${vertex_selection}"),
-    dict(type="PolygonWindow", size="${image_size}", random=False),
+    dict(type="PolygonWindow", size="${image_size}", random=False, whole="${whole_image}"),
     dict(type="LoadInstances"),
     dict(type="PackSegInputs"),
 ]
