@@ -8,6 +8,8 @@ import torch
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from densepred.engine import benchmark_polygons as benchmark
+from densepred.engine.benchmark_polygons import benchmark_polygons, decode_by_loops, decode_inputs, largest_difference
 from densepred.heads.polygon import PolygonHead
 from densepred.heads.polygon_inference import best_peaks, decode, to_file
 from densepred.heads.polygon_targets import PolygonTargets
@@ -83,6 +85,26 @@ def test_peaks():
     torch.testing.assert_close(scores, torch.tensor([[0.9, 0.7, 0], [0.5, 0.5, 0]]))
     assert places[0, :2].tolist() == [0, 37] and sorted(places[1, :2].tolist()) == [58, 59]
     assert best_peaks(heatmap, 1000)[0].shape == (2, 60)
+
+
+def test_decoding_is_the_published_loops():
+    """On a frame's maps with a window that is no plain halving, and on channels-last memory."""
+    outputs, meta = decode_inputs(torch.Generator().manual_seed(1), classes=3, vertices=5)
+    meta["affine"] = np.array([[0.45, 0, 3], [0, 0.45, 11]])
+    loops = decode_by_loops(outputs, meta, 60)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        maps = {name: x.contiguous(memory_format=layout) for name, x in outputs.items()}
+        found = head(num_vertices=5, top_k=60, score_threshold=0).predict(maps, [meta])[0]["pred_instances"]
+        assert len(found) == 60 and (found.scores.diff() <= 0).all()
+        assert largest_difference(found, loops) < 2e-3  # pixels of 2048, in float32
+    assert largest_difference(found[1:], loops) == math.inf
+
+
+def test_benchmark(monkeypatch):
+    assert "decode 8x128x256" in benchmark_polygons(repeats=1)
+    monkeypatch.setattr(benchmark, "decode_rows", lambda: [("x", int, int, lambda *_: math.nan)])
+    with pytest.raises(ValueError, match="x: ours and the published way are nan apart"):
+        benchmark_polygons(repeats=1)
 
 
 def test_affine_of_any_window():

@@ -224,7 +224,7 @@ class PolygonHead(nn.Module):
 
     def _instances(self, found: Detections, index: int, size: tuple[int, int], meta: dict) -> InstanceData:
         scores = found.scores[index]
-        good = (scores >= self.score_threshold) & (scores > 0)
+        good = ((scores >= self.score_threshold) & (scores > 0)).nonzero()[:, 0]
         polygons = to_file(found.polygons[index, good], meta, strides(meta, size))  # (N, V, 2)
         fields = dict(
             polygons=polygons,

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from densepred.ops.polygons import decode_polygons
@@ -62,21 +61,31 @@ def gather_cells(maps: Tensor, cells: Tensor) -> Tensor:
     return maps.flatten(2).gather(2, cells[:, None].expand(-1, maps.shape[1], -1)).transpose(1, 2)
 
 
+@torch.no_grad()
 def best_peaks(heatmap: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the scores (B, K), descending, and places (B, K), int64 in the flattened (C, h, w), of the best peaks.
 
     A peak is a cell with no greater one among its eight neighbours of the same class; equal neighbours are peaks all.
     """
-    scores = torch.where(heatmap == neighbourhood_maximum(heatmap), heatmap, 0).flatten(1)  # (B, C h w)
-    return scores.topk(min(k, scores.shape[1]))
+    peaks = neighbourhood_maximum(heatmap)
+    torch.eq(peaks, heatmap, out=peaks).mul_(heatmap)  # in place: fresh memory costs more than the arithmetic
+    rows = peaks.flatten(1, 2)  # (B, C h, w)
+    count, width = rows.shape[1:]
+    best_rows = rows.amax(2).topk(min(k, count), sorted=False).indices  # the best K cells lie in these
+    chosen = rows.gather(1, best_rows[..., None].expand(-1, -1, width)).flatten(1)
+    scores, within = chosen.topk(min(k, chosen.shape[1]))
+    return scores, best_rows.gather(1, within // width) * width + within % width
 
 
+@torch.no_grad()
 def neighbourhood_maximum(x: Tensor) -> Tensor:
     """Return the maximum of each cell of (..., h, w) and its eight neighbours: of three rows, then of three columns."""
-    for axis, padding in ((-2, (0, 0, 1, 1)), (-1, (1, 1))):
-        padded, length = F.pad(x, padding, value=-torch.inf), x.shape[axis]
-        sides = torch.maximum(padded.narrow(axis, 0, length), padded.narrow(axis, 2, length))
-        x = torch.maximum(sides, x)
+    for axis in (-2, -1):
+        largest, others = x.clone(), x.shape[axis] - 1
+        for here, there in ((0, 1), (1, 0)):
+            part = largest.narrow(axis, here, others)
+            torch.maximum(part, x.narrow(axis, there, others), out=part)
+        x = largest
     return x
 
 
