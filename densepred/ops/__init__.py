@@ -4,6 +4,7 @@ from densepred.ops.criss_cross_attention import criss_cross_attention, criss_cro
 from densepred.ops.kmeans_attention import kmeans_attention
 from densepred.ops.modulated_deform_conv2d import ModulatedDeformConv2d, modulated_deform_conv2d
 from densepred.ops.ms_deform_attn import ms_deform_attn
+from densepred.ops.polygon_iou import polygon_areas, polygon_iou
 from densepred.ops.varying_window_attention import varying_window_attention
 
 __all__ = [
@@ -13,5 +14,7 @@ __all__ = [
     "kmeans_attention",
     "modulated_deform_conv2d",
     "ms_deform_attn",
+    "polygon_areas",
+    "polygon_iou",
     "varying_window_attention",
 ]

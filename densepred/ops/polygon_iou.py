@@ -17,9 +17,11 @@ Letters: N pairs, V and W vertices, E = V + W edges of a pair, numbered by the v
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from densepred.ops.backend import backend_name
@@ -29,122 +31,140 @@ SLANT = 0.7548776662466927
 """A line x + SLANT y = constant counts as vertical: irrational, so not the direction of an edge between grid points."""
 
 
-class _Edges(NamedTuple):
-    """Edges from their left to their right end; all (N, E).
+class _Plan(NamedTuple):
+    """Numbers that depend on V and W alone; P = E (E - 1) / 2 pairs of edges, whose 2 P entries are those looking at j from
+    i, i < j, then those looking at i from j.
 
     Attributes:
-        x0, y0, x1, y1: the ends.
-        left, right: their slanted positions, x + SLANT y; left <= right.
-        flipped: whether the polygon runs along the edge from right to left.
+        follower, leader: (E,) the vertices after and before each.
+        first, second: (P,) i and j.
+        counted: (2, E, 2 P), 1 where an entry looks from an edge: at one of its own polygon; at any.
+        columns: for the same two, (E, S) an edge's entries; 2 P where there is none.
     """
 
-    x0: Tensor
-    y0: Tensor
-    x1: Tensor
-    y1: Tensor
+    follower: Tensor
+    leader: Tensor
+    first: Tensor
+    second: Tensor
+    counted: Tensor
+    columns: tuple[Tensor, Tensor]
+
+
+@lru_cache(maxsize=16)
+def _plan(v: int, w: int, dtype: torch.dtype, device: torch.device) -> _Plan:
+    number = torch.arange(v + w)
+    first, second = torch.triu_indices(v + w, v + w, 1)
+    viewer, viewed = torch.cat([first, second]), torch.cat([second, first])
+    entries = torch.full((v + w, v + w), len(viewer)).index_put((viewer, viewed), torch.arange(len(viewer)))
+    own = [F.pad(block, (0, max(v, w) - len(block)), value=len(viewer)) for block in (entries[:v, :v], entries[v:, v:])]
+    counted = number[:, None] == viewer
+    counted = torch.stack([counted & ((viewer < v) == (viewed < v)), counted]).to(dtype)
+    follower, leader = (torch.cat([number[:v].roll(k), number[v:].roll(k)]) for k in (-1, 1))
+    tensors = (t.to(device) for t in (follower, leader, first, second, counted))
+    return _Plan(*tensors, (torch.cat(own).to(device), entries.to(device)))
+
+
+class _Edges(NamedTuple):
+    """Edges from their left to their right end, in slanted coordinates (x + SLANT y, y), in which areas are the same.
+
+    Attributes:
+        left, low: (E, N) or (P, N), the left end.
+        right, high: the right end.
+        slope: (high - low) / (right - left).
+    """
+
     left: Tensor
+    low: Tensor
     right: Tensor
-    flipped: Tensor
+    high: Tensor
+    slope: Tensor
 
 
-def _edges(vertices: Tensor, follower: Tensor) -> _Edges:
-    """Return the edges of vertices (N, E, 2) to those numbered ``follower`` (E,)."""
-    x, y = vertices.unbind(-1)
-    position = x + SLANT * y
-    ends = [(v, v[:, follower]) for v in (x, y, position)]
-    flipped = ends[2][1] < ends[2][0]
-    (x0, x1), (y0, y1), (left, right) = ((torch.where(flipped, b, a), torch.where(flipped, a, b)) for a, b in ends)
-    return _Edges(x0, y0, x1, y1, left, right, flipped)
+def _rise(rise: Tensor, run: Tensor, rest: Tensor, slope: Tensor, blur: Tensor) -> Tensor:
+    """Return by how much edge i lies above edge j at an end of either, within the other edge.
 
-
-def _height(x: Tensor, y: Tensor, position: Tensor, edges: _Edges) -> Tensor:
-    """Return by how much vertices (N, E) lie above edges; (N, E vertices, E edges), exactly 0 at an edge's own ends.
-
-    A vertex that rounding cannot tell from a point on the edge lies below it, by next to nothing and most in its middle,
-    as if every edge were the chord of one very flat bowl.
-    """
-    left, right = edges.left[:, None], edges.right[:, None]
-    x0, y0 = edges.x0[:, None], edges.y0[:, None]
-    dx, dy = edges.x1[:, None] - x0, edges.y1[:, None] - y0
-    area = dx * (y[..., None] - y0) - dy * (x[..., None] - x0)
-    epsilon = torch.finfo(x.dtype).eps
-    reach = torch.maximum(edges.x0.abs(), edges.y0.abs()).amax(1)[:, None, None]
-    flat = (position[..., None] - left) * (position[..., None] - right) * epsilon**4
-    return torch.where(area.abs() <= 4 * epsilon * reach * (dx.abs() + dy.abs()), flat, area / _safe(right - left))
-
-
-def _safe(length: Tensor) -> Tensor:
-    return torch.where(length > 0, length, 1.0)
-
-
-def _crossings(edges: _Edges) -> tuple[Tensor, Tensor]:
-    """Follow every edge i from left to right past every other edge j.
-
-    Returns:
-        where i crosses j, as a part 0..1 of i, 1 where it does not; whether j is below i where i starts; both (N, i, j).
-    """
-    left, right = edges.left, edges.right
-    left_i, left_j, right_i, right_j = left[:, :, None], left[:, None], right[:, :, None], right[:, None]
-    number = torch.arange(left.shape[1], device=left.device)
-    later = number[:, None] > number
-    shared = (torch.maximum(left_i, left_j) < torch.minimum(right_i, right_j)) & (number[:, None] != number)
-    # How high i is over j where the shared stretch begins and where it ends: known from an end of i or from one of j.
-    starts = (left_i > left_j) | ((left_i == left_j) & later)
-    stops = (right_i < right_j) | ((right_i == right_j) & later)
-    begin = _height(edges.x0, edges.y0, left, edges)
-    begin = torch.where(starts, begin, -begin.mT)
-    end = _height(edges.x1, edges.y1, right, edges)
-    end = torch.where(stops, end, -end.mT)
-    above = (begin > 0) | ((begin == 0) & later)
-    crossed = shared & (above != ((end > 0) | ((end == 0) & later)))
-    fall = begin - end
-    part = begin / torch.where(fall == 0, 1.0, fall)
-    scale = 1 / _safe(right - left)[..., None]
-    first, last = ((left_j - left_i) * scale).clamp(min=0), ((right_j - left_i) * scale).clamp(max=1)
-    at = torch.where(crossed, first + part * (last - first), 1.0)
-    return at, shared & (left_j <= left_i) & above
-
-
-def _signed_moments(at: Tensor, below: Tensor) -> Tensor:
-    """Integrate the side of edges along their length.
+    A vertex that rounding cannot tell from a point on the other edge lies below it, by next to nothing and most in the
+    middle of that edge, as if edges were chords of one very flat bowl.
 
     Args:
-        at: (N, I, J), see `_crossings`.
-        below: (N, I, J).
+        rise, run: (P, N), from the end of j to that of i.
+        rest: from the end to the far one of the other edge.
+        slope: of the other edge.
+        blur: (N,), what rounding may move a coordinate by.
+    """
+    above = rise - slope * run
+    return torch.where(above.abs() <= blur * (1 + slope.abs()), run * rest * torch.finfo(run.dtype).eps ** 4, above)
+
+
+def _crossings(i: _Edges, j: _Edges, blur: Tensor) -> tuple[Tensor, Tensor]:
+    """Look at pairs of edges where they share a stretch of x; of equal ones j is above.
 
     Returns:
-        (N, I, 2), the integrals over t = 0..1 of s (1 - t) and s t; s = 1 where the region ends at the edge, going up, and
-        -1 where it begins.
+        where the viewer crosses the other edge, as a part 0..1 of itself, 1 if it does not; whether the other one is below
+        the viewer where that starts, as 0 or 1; both (2 P, N), as the entries of a `_Plan`.
     """
-    count = at.shape[-1]
-    signs = 1.0 - 2.0 * (torch.arange(count, device=at.device) % 2).to(at.dtype)
-    at = at.sort(-1).values
-    tail = 1.0 - 2.0 * (count % 2)
-    whole, second = 2 * (at @ signs) + tail, at.square() @ signs + tail / 2
-    side = 2.0 * (below.sum(-1) % 2).to(at.dtype) - 1  # (N, I)
-    return side[..., None] * torch.stack([whole - second, second], -1)
+    begin, end = torch.maximum(i.left, j.left), torch.minimum(i.right, j.right)
+    later, longer = i.left - j.left, i.right - j.right
+    inner = later > 0
+    rest, slope = begin - torch.where(inner, j.right, i.right), torch.where(inner, j.slope, i.slope)
+    first = _rise(i.low - j.low, later, rest, slope, blur)
+    inner = longer < 0
+    rest, slope = end - torch.where(inner, j.left, i.left), torch.where(inner, j.slope, i.slope)
+    last = _rise(i.high - j.high, longer, rest, slope, blur)
+    above, shared = first > 0, begin < end
+    crossed = shared & (above != (last > 0))
+    way = first / (first - last) * (end - begin)
+    parts = [torch.where(crossed, (begin - e.left + way) / (e.right - e.left), 1.0) for e in (i, j)]
+    below = shared & (later >= 0) & above, shared & (later <= 0) & ~above
+    return torch.cat(parts), torch.cat(below).to(way.dtype)
+
+
+def _moments(at: Tensor, below: Tensor, counted: Tensor, columns: Tensor) -> Tensor:
+    """Integrate s (1 - t) and s t along edges, t = 0..1; s = 1 where the region ends at the edge, going up, else -1.
+
+    Args:
+        at, below: see `_crossings`.
+        counted, columns: of one of the two regions of a `_Plan`.
+
+    Returns:
+        (2, E, N).
+    """
+    side = 2 * ((counted @ below) % 2) - 1  # (E, N), at t = 0
+    edges, count = columns.shape
+    at = torch.cat([at, at.new_ones(1, at.shape[1])]).index_select(0, columns.flatten())
+    at = at.T.reshape(-1, count).sort(-1).values  # (N E, S)
+    signs = 1 - 2 * (torch.arange(count, device=at.device) % 2).to(at.dtype)
+    tail = 1 - 2 * (count % 2)
+    sums = torch.stack([at * signs, at * at * signs]).sum(-1).view(2, -1, edges).mT  # equal rows give equal sums
+    whole, second = side * (2 * sums[0] + tail), side * (sums[1] + tail / 2)
+    return torch.stack([whole - second, second])
 
 
 def _areas(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    split, vertices = a.shape[1], torch.cat([a, b], 1)  # (N, E, 2)
-    number = torch.arange(vertices.shape[1], device=a.device)
-    blocks = (slice(0, split), slice(split, None))
-    follower = torch.cat([number[block].roll(-1) for block in blocks])
-    edges = _edges(vertices, follower)
-    at, below = _crossings(edges)
-    own = torch.cat([_signed_moments(at[:, block, block], below[:, block, block]) for block in blocks], 1)
-    moments = torch.stack([own, _signed_moments(at, below)], 1)  # (N, 2, E, 2)
-    under = (edges.right - edges.left)[..., None] * torch.stack([edges.y0, edges.y1], -1)
-    areas = (moments * under[:, None]).sum(-1)  # (N, 2, E)
-    own_a, own_b = (areas[:, 0, block].sum(-1) for block in blocks)
-    difference = areas[:, 1, blocks[0]].sum(-1) + areas[:, 1, blocks[1]].sum(-1)  # 0 to the last bit for equal ones
-    outward = torch.stack([edges.y0 - edges.y1, edges.x1 - edges.x0], -1)[:, None]  # (N, 1, E, 2)
-    flipped = edges.flipped[:, None]
-    of_start, of_end = (
-        torch.where(flipped, moments[..., 1 - k], moments[..., k])[..., None] * outward for k in (0, 1)
-    )  # (N, 2, E, 2)
-    slopes = of_start + torch.zeros_like(of_end).index_copy_(2, follower, of_end)
-    return torch.stack([own_a, own_b, difference], 1), slopes
+    split, plan = a.shape[1], _plan(a.shape[1], b.shape[1], a.dtype, a.device)
+    vertices = torch.cat([a, b], 1).permute(2, 1, 0)  # (2, E, N)
+    start = torch.stack([vertices[0] + SLANT * vertices[1], vertices[1]])
+    stop = start[:, plan.follower]
+    flipped = stop[0] < start[0]
+    (left, low), (right, high) = torch.where(flipped, stop, start), torch.where(flipped, start, stop)
+    far, up = right - left, high - low
+    edges = torch.stack([left, low, right, high, up / far])
+    reach = vertices.abs().amax((0, 1))  # (N,)
+    blur = 4 * torch.finfo(a.dtype).eps * reach
+    at, below = _crossings(
+        _Edges(*edges.index_select(1, plan.first)), _Edges(*edges.index_select(1, plan.second)), blur
+    )
+    moments = torch.stack([_moments(at, below, *p) for p in zip(plan.counted, plan.columns, strict=True)])
+    parts = ((moments[:, 0] * low + moments[:, 1] * high) * far).split([split, len(low) - split], 1)
+    (own_a, of_a), (own_b, of_b) = (part.sum(1) for part in parts)  # (N,)
+    nothing = len(low) * blur * reach / 2  # what is less is rounding: equal polygons are equal, disjoint ones disjoint
+    own_a, own_b, difference = (torch.where(area.abs() <= nothing, 0.0, area) for area in (own_a, own_b, of_a + of_b))
+    disjoint = (own_a + own_b - difference).abs() <= nothing
+    areas = torch.stack([own_a, own_b, torch.where(disjoint, own_a + own_b, difference)], 1)
+    outward = torch.stack([-up, far - SLANT * up])  # (2, E, N)
+    start, stop = (torch.where(flipped, moments.flip(1), moments)[:, :, None] * outward).unbind(1)
+    slopes = (start + stop[:, :, plan.leader]).permute(3, 0, 2, 1)  # (N, 2, E, 2)
+    return areas, slopes.contiguous()
 
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {"eager": _areas}
@@ -157,7 +177,8 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {"eager
 
 @torch.library.custom_op("densepred::polygon_areas", mutates_args=())
 def _polygon_areas(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return BACKENDS[backend_name(BACKENDS, a.device)](a, b)
+    with torch.autocast(a.device.type, enabled=False):
+        return BACKENDS[backend_name(BACKENDS, a.device)](a, b)
 
 
 @_polygon_areas.register_fake
@@ -193,33 +214,27 @@ def polygon_areas(a: Tensor, b: Tensor) -> Tensor:
         b: (N, W, 2).
 
     Returns:
-        (N, 3): the areas of a, of b and of their symmetric difference.
+        (N, 3): the areas of a, of b and of their symmetric difference; 0, or the sum of the two, where rounding sees no
+        difference from that.
 
     Raises:
         ValueError: shapes that are no pairs of polygons.
     """
-    if (
-        a.dim() != 3
-        or b.dim() != 3
-        or a.shape[-1] != 2
-        or b.shape[-1] != 2
-        or len(a) != len(b)
-        or 0 in (*a.shape[1:], *b.shape[1:])
-    ):
+    shapes = tuple(a.shape), tuple(b.shape)
+    if any(len(shape) != 3 or shape[1] < 1 or shape[2] != 2 for shape in shapes) or len(a) != len(b):
         raise ValueError(
-            f"polygons {tuple(a.shape)} and {tuple(b.shape)}: want (N, V, 2) and (N, W, 2), V and W at least 1"
+            f"polygons {shapes[0]} and {shapes[1]}: want vertices (N, V, 2) and (N, W, 2), V and W at least 1"
         )
-    a, b = upcast(a), upcast(b)
-    dtype = torch.promote_types(a.dtype, b.dtype)
+    dtype = torch.promote_types(upcast(a).dtype, b.dtype)
     return _polygon_areas(a.to(dtype), b.to(dtype))[0]
 
 
 def polygon_iou(a: Tensor, b: Tensor) -> Tensor:
     """Return the exact intersection over union of pairs of polygons, by the even-odd rule; see `polygon_areas`.
 
-    It is 1 for equal polygons, whatever vertex they start with and whichever way they run, and 0 for disjoint ones and for
-    two without area. The gradient is exact wherever there is one. Between disjoint polygons it is 0, on purpose: a pull
-    towards each other is the business of the loss on coordinates that stands beside this one, and polygons around a common
+    It is 1 for equal polygons, whatever vertex they start with and whichever way they run, and 0 for disjoint ones and where
+    neither has an area beyond rounding. The gradient is that of the areas. It is 0 between disjoint polygons, on purpose: to
+    pull them together is the business of the loss on coordinates that stands beside this one, and polygons around a common
     centre hardly ever miss each other. At equal polygons, the tip of a roof, it is one of the slopes around.
 
     Args:
@@ -227,9 +242,9 @@ def polygon_iou(a: Tensor, b: Tensor) -> Tensor:
         b: (N, W, 2).
 
     Returns:
-        (N,), 0..1, in float32, or float64 where an input is.
+        (N,), 0..1 up to rounding, in float32, or float64 where an input is.
     """
     own_a, own_b, difference = polygon_areas(a, b).unbind(1)
     both = own_a + own_b
     union = both + difference  # twice the union; the intersection twice is both - difference
-    return torch.where(union > 0, both - difference, 0.0) / torch.where(union > 0, union, 1.0)
+    return (both - difference) / torch.where(union == 0, 1.0, union)

@@ -94,8 +94,8 @@ def cast_radii(vertices: Tensor, num_rays: int) -> Tensor:
         (..., R), not negative.
     """
     angles = fixed_angles(num_rays, vertices)
-    along = vertices @ torch.stack([angles.cos(), angles.sin()])  # (..., V, R)
-    aside = vertices @ torch.stack([-angles.sin(), angles.cos()])  # (..., V, R)
+    x, y = vertices[..., None].unbind(-2)  # (..., V, 1)
+    along, aside = x * angles.cos() + y * angles.sin(), y * angles.cos() - x * angles.sin()  # (..., V, R)
     next_along, next_aside = along.roll(-1, -2), aside.roll(-1, -2)
     on_ray = (aside == 0) & (next_aside == 0)
     part = aside / torch.where(aside == next_aside, 1.0, aside - next_aside)
