@@ -15,7 +15,7 @@ data_root = "datasets/idd"
 dataset_type = "IDDPolygons"
 compose = "idd"
 whole_image = False
-val_evaluator = dict(instance=dict(_delete_=True, type="CocoInstance"))
+val_evaluator = dict(instance=[dict(type="CocoInstance"), dict(type="PolygonFiles", layout="idd")])
 train_cfg = dict(max_iters=419_600, val_interval=41_960)
 param_scheduler = [dict(type="MultiStepLR", milestones=[157_350, 209_800], gamma=0.1, by_epoch=False)]
 train_dataloader = dict(batch_size=4)

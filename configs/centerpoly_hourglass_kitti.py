@@ -16,7 +16,7 @@ dataset_type = "KITTIPolygons"
 depth_weight = 0.0
 compose = "kitti"
 model = dict(data_preprocessor=dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375]))
-val_evaluator = dict(instance=dict(_delete_=True, type="CocoInstance"))
+val_evaluator = dict(instance=[dict(type="CocoInstance"), dict(type="PolygonFiles", layout="kitti")])
 train_cfg = dict(max_iters=11_400, val_interval=1140)
 param_scheduler = [dict(type="MultiStepLR", milestones=[4275, 5700], gamma=0.1, by_epoch=False)]
 train_dataloader = dict(batch_size=4)

@@ -13,6 +13,7 @@ _base_ = [
 image_size = (384, 768)
 dataset_type = "CityscapesInstances"
 indices = 8
+val_split = "train"
 train_pipeline = [
     dict(type="LoadImage"),
     dict(type="LoadPolygons", num_vertices="${num_vertices}"),
@@ -20,8 +21,7 @@ train_pipeline = [
     dict(type="PackSegInputs"),
 ]
 train_dataset = dict(indices="${indices}")
-val_dataset = dict(split="train", indices="${indices}")
-val_evaluator = dict(instance=dict(split="train"))
+val_dataset = dict(indices="${indices}")
 model = dict(
     encoder=dict(
         type="EfficientNetLite", arch="lite0", init_cfg=dict(type="Pretrained", checkpoint="package:efficientnet-lite0")

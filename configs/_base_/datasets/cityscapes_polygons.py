@@ -10,6 +10,7 @@ whole_image = True  # in tests: letter-boxed; False: as wide as the input, as pu
 image_size = (512, 1024)  # (height, width) of the network's input
 data_root = "datasets/cityscapes"
 dataset_type = "CityscapesPolygons"
+val_split = "val"
 
 train_pipeline = [
     dict(type="LoadImage"),
@@ -36,8 +37,13 @@ train_dataset = dict(
 val_dataset = dict(
     type="${dataset_type}",
     data_root="${data_root}",
-    split="val",
+    split="${val_split}",
     test_mode=True,
     pipeline="${test_pipeline}",
 )
-val_evaluator = dict(instance=dict(type="CityscapesInstance", data_root="${data_root}"))
+val_evaluator = dict(
+    instance=[
+        dict(type="CityscapesInstance", data_root="${data_root}", split="${val_split}", score_factor=1.2),
+        dict(type="PolygonFiles"),
+    ]
+)

@@ -45,4 +45,9 @@ val_dataset = dict(
     test_mode=True,
     pipeline="${test_pipeline}",
 )
-val_evaluator = dict(instance=dict(type="CocoInstance", data_root="${data_root}", ann_file="${val_annotations}"))
+val_evaluator = dict(
+    instance=[
+        dict(type="CocoInstance", data_root="${data_root}", ann_file="${val_annotations}"),
+        dict(type="PolygonFiles"),
+    ]
+)
