@@ -101,10 +101,10 @@ def test_decoding_is_the_published_loops():
 
 
 def test_benchmark(monkeypatch):
-    assert "decode 8x128x256" in benchmark_polygons(repeats=1)
+    assert "decode 8x128x256" in benchmark_polygons(repeats=1, objects=2)
     monkeypatch.setattr(benchmark, "decode_rows", lambda: [("x", int, int, lambda *_: math.nan)])
     with pytest.raises(ValueError, match="x: ours and the published way are nan apart"):
-        benchmark_polygons(repeats=1)
+        benchmark_polygons(repeats=1, objects=2)
 
 
 def test_affine_of_any_window():

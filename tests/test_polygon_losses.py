@@ -1,9 +1,13 @@
 """The losses of polygon models against the official numbers, and at the borders of their inputs."""
 
+import time
+
 import pytest
 import torch
 
+from densepred.engine.benchmark_region import iou_by_loops, region_inputs, region_rows
 from densepred.losses import polygon as losses
+from densepred.ops.published_polygon_iou import published_iou
 from tests import parity
 
 _, CASE = parity.case(parity.CASES / "centerpoly_losses")
@@ -205,3 +209,23 @@ def test_mistakes_are_named():
         losses.polygon_l1_loss(pred, pred, "polar_fixed")
     with pytest.raises(ValueError, match="use 'exact' with fixed_angles"):
         losses.region_loss(pred[..., 0], pred[..., 0], "fixed_angles", "published")
+
+
+# Benchmark ------------------------------------------------------------------------------------------------------------
+
+
+def test_published_loops_equal_the_published_formula_and_are_slower():
+    exact, published = region_rows(objects=3, vertices=9)
+    for _, ours, loops, difference in (exact, published):
+        start = time.thread_time()
+        ours()
+        middle = time.thread_time()
+        found = loops()
+        assert difference(None, found) < 1e-4
+        assert time.thread_time() - middle > middle - start
+    pred, target = (p.double() for p in region_inputs(torch.Generator().manual_seed(1), 6, 8))
+    expected = published_iou(pred.requires_grad_(), target)
+    found = torch.stack([iou_by_loops(*pair) for pair in zip(pred, target, strict=True)])
+    assert_equals(found, expected.detach())
+    for mine, theirs in zip(*(torch.autograd.grad(iou.sum(), pred) for iou in (found, expected)), strict=True):
+        assert_equals(mine, theirs)

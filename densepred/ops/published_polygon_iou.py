@@ -56,14 +56,14 @@ def published_iou_9913da9(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def _ratio(subjects: Tensor, clips: Tensor, outline) -> Tensor:
-    found = [_area(outline(subject, clip)) for subject, clip in zip(subjects, clips, strict=True)]
+    found = [published_area(outline(subject, clip)) for subject, clip in zip(subjects, clips, strict=True)]
     found = torch.stack(found) if found else subjects.sum((1, 2))  # (N,)
-    first, second = _area(subjects), _area(clips)
+    first, second = published_area(subjects), published_area(clips)
     found = torch.where(found == 0, torch.minimum(first, second), found)
     return found / (first + second - found + 1e-6)
 
 
-def _area(vertices: Tensor) -> Tensor:
+def published_area(vertices: Tensor) -> Tensor:
     """Return the area (...) of (..., K, 2), the first edge taken twice; 0 for no vertices."""
     x, y = vertices.unbind(-1)
     cross = x * y.roll(-1, -1) - x.roll(-1, -1) * y
@@ -123,10 +123,12 @@ def _walk_outline(subject: Tensor, clip: Tensor) -> Tensor:
     events = [(j, i, first + k) for k, (j, i) in enumerate(zip(edge.tolist(), clip_edge.tolist(), strict=True))]
     out = leading_out[clip_edge, edge].tolist()
     outs, ins = ([e for e, o in zip(events, out, strict=True) if o == wanted] for wanted in (True, False))
-    return table[torch.tensor(_walk(outs, ins, len(subject), len(clip)), dtype=torch.int64, device=table.device)]
+    return table[
+        torch.tensor(walk_crossings(outs, ins, len(subject), len(clip)), dtype=torch.int64, device=table.device)
+    ]
 
 
-def _walk(outs: list, ins: list, subject: int, clip: int) -> list[int]:
+def walk_crossings(outs: list, ins: list, subject: int, clip: int) -> list[int]:
     """Return the numbers of collected vertices: those of the subject, then those of the clip, then the crossings.
 
     Args:
