@@ -117,14 +117,21 @@ class Demo:
 
 
 def run_video(
-    predict: Callable[[np.ndarray], SegSample], meta: dict, source: VideoSource, options: VideoOptions
+    predict: Callable[[np.ndarray], SegSample],
+    meta: dict,
+    source: VideoSource,
+    options: VideoOptions,
+    state: OverlayState,
+    hub: FrameHub,
 ) -> dict:
     """Run a model on an open source to its end, Ctrl-C, ``max_frames`` or a closed window.
 
     Args:
         predict, meta: see `Demo`.
         source: is closed in the end.
-        options: what to do with it; its own ``source`` is not looked at.
+        options: of these, what concerns the file, the window, the frames and the scores.
+        state: the switches.
+        hub: gets every picture.
 
     Returns:
         The figures of `Pipeline.run`, with ``input`` of the source and, where one is written, ``output`` of the file.
@@ -132,17 +139,13 @@ def run_video(
     Raises:
         StageError: a stage failed; the file is closed first and holds the frames until then.
         ValueError: the source brought no frame.
-        OSError: the port is in use.
     """
-    state, hub = OverlayState(), FrameHub()
-    state.update(**options.overlay)
     with contextlib.ExitStack() as stack:
         stack.callback(source.close)
         sink = FileSink(options.out, source.fps, source.live) if options.out is not None else None
         demo = Demo(predict, meta, options.score_threshold, state, hub, sink)
         pipeline = Pipeline(source, demo.model, demo.draw, source.live, options.max_frames)
         pipeline.gate = partial(demo.gate, lambda: pipeline.stopped)
-        stack.enter_context(serving(options.serve, hub, state))
         tick = stack.enter_context(window(demo, pipeline, state)) if options.show else None
         if sink is not None:
             stack.callback(sink.close)
@@ -168,15 +171,18 @@ def run_demo(
     Raises:
         ValueError, OSError: the source, the output, the port or the checkpoint cannot be used; or a stage failed.
     """
+    state, hub = OverlayState(), FrameHub()
+    state.update(**options.overlay)
     if options.out is not None:
         check_out(options.out)
     if options.show:
         check_display()
     source = VideoSource(options.source, options.timeout)
-    from densepred.inference import load_model, predict_image
+    with serving(options.serve, hub, state):  # before the model: a port in use should not take its time to say so
+        from densepred.inference import load_model, predict_image
 
-    model = load_model(config, checkpoint, device, cfg_options)
-    record = run_video(partial(predict_image, model), model.dataset_meta, source, options)
+        model = load_model(config, checkpoint, device, cfg_options)
+        record = run_video(partial(predict_image, model), model.dataset_meta, source, options, state, hub)
     text = json.dumps(dict(config=os.fspath(config), device=device, **record), indent=1)
     print(text)
     if options.out is not None:

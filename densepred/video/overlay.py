@@ -31,7 +31,7 @@ class Painter:
 
     def colors(self, items: Sequence[Item]) -> list[Color]:
         """Return a colour for each item of the next frame: its class's, for objects in the shade of their number."""
-        things = [k for k, item in enumerate(items) if item.thing]
+        things = [k for k, item in enumerate(items) if item.thing and middle_of(item) is not None]
         boxes = np.array([items[k].box for k in things]).reshape(-1, 4)
         numbers = self._tracker.update(boxes, np.array([items[k].label for k in things], np.int64))
         ranks = dict(zip(things, numbers, strict=True))
@@ -62,6 +62,7 @@ class Painter:
 
     def _write_names(self, canvas: np.ndarray, scene: Scene, switches: dict) -> None:
         scale, height = font_of(canvas)
+        occupied: list[tuple[int, int, int]] = []
         for k, item in enumerate(scene.items):
             words = [self._classes[item.label]] if switches["classes"] else []
             words += [f"{item.score:.2f}"] if switches["scores"] and item.score is not None else []
@@ -69,7 +70,10 @@ class Painter:
             if words and place is not None:
                 text = " ".join(words)
                 width = cv2.getTextSize(text, FONT, scale, 1)[0][0]
-                write(canvas, text, place[0] - width // 2, place[1] + height // 2, scale)
+                left, base = place[0] - width // 2, place[1] + height // 2
+                if all(abs(base - y) >= height or left >= end or left + width <= x for x, end, y in occupied):
+                    write(canvas, text, left, base, scale)
+                    occupied.append((left, left + width, base))
 
 
 def color_table(colors: Sequence[Color]) -> np.ndarray:
