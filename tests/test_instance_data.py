@@ -291,7 +291,7 @@ def test_ade20k_classes(make_shapes):
 
 def test_panoptic_maps_give_semantic_ones(make_shapes):
     root = str(make_shapes("cityscapes"))
-    steps = [*PANOPTIC, dict(type="SemanticFromPanoptic")]
+    steps = [*PANOPTIC, dict(type="LoadSemanticFromPanoptic")]
     panoptic = CityscapesPanoptic(root, "train", pipeline=steps)
     for one, two in zip(CityscapesSemantic(root, "train", SEMANTIC), panoptic, strict=True):
         assert np.array_equal(one["semantic"], two["semantic"])

@@ -12,6 +12,7 @@ from PIL import Image
 from densepred.data.augmentations import Albumentations
 from densepred.data.loading import LoadImage, LoadPanoptic
 from densepred.data.transforms import (
+    LoadSemanticFromPanoptic,
     PackSegInputs,
     PadTo,
     Redraw,
@@ -19,7 +20,6 @@ from densepred.data.transforms import (
     ResizeToFit,
     ScaleAndCrop,
     ScaleJitter,
-    SemanticFromPanoptic,
     ShortEdgeJitter,
     SSDColorJitter,
     largest_share,
@@ -322,10 +322,10 @@ def test_semantic_from_panoptic():
     results["segments"] = [dict(s, id=s["id"]) for s in results["segments"]]
     panoptic = results["panoptic"]
     expected = np.array([255, 1, 2, 0, 1, 2])[panoptic]  # label = number % 3, the crowd too
-    results = SemanticFromPanoptic()(results)
+    results = LoadSemanticFromPanoptic()(results)
     assert np.array_equal(results["semantic"], expected) and results["semantic"].dtype == np.uint8
     assert "panoptic" not in results and "segments" not in results
-    void = SemanticFromPanoptic()(dict(panoptic=np.zeros((2, 3), np.uint16), segments=[]))
+    void = LoadSemanticFromPanoptic()(dict(panoptic=np.zeros((2, 3), np.uint16), segments=[]))
     assert (void["semantic"] == 255).all()
 
 

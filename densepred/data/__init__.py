@@ -18,6 +18,7 @@ from densepred.data.preprocessor import SegPreprocessor
 from densepred.data.sampler import SeekableSampler
 from densepred.data.street_polygons import CityscapesPolygons, IDDPolygons, KITTIPolygons
 from densepred.data.transforms import (
+    LoadSemanticFromPanoptic,
     PackSegInputs,
     PadTo,
     Redraw,
@@ -25,7 +26,6 @@ from densepred.data.transforms import (
     ResizeToFit,
     ScaleAndCrop,
     ScaleJitter,
-    SemanticFromPanoptic,
     ShortEdgeJitter,
     SSDColorJitter,
 )
@@ -56,6 +56,7 @@ __all__ = [
     "LoadPanoptic",
     "LoadPolygons",
     "LoadSemantic",
+    "LoadSemanticFromPanoptic",
     "PackSegInputs",
     "PadTo",
     "PolygonWindow",
@@ -67,6 +68,5 @@ __all__ = [
     "ScaleJitter",
     "SeekableSampler",
     "SegPreprocessor",
-    "SemanticFromPanoptic",
     "ShortEdgeJitter",
 ]

@@ -338,10 +338,11 @@ def _pad(array: np.ndarray, size: tuple[int, int], fill: int, axis: int) -> np.n
 
 
 @TRANSFORMS.register_module()
-class SemanticFromPanoptic(BaseTransform):
+class LoadSemanticFromPanoptic(BaseTransform):
     """Replace ``panoptic`` by ``semantic``, the classes of its segments, crowds included; void becomes 255.
 
-    So that semantic segmentation can be learnt from panoptic annotations, as Mask2Former's preparation derives it.
+    So that semantic segmentation can be learnt from panoptic annotations, as Mask2Former's preparation derives it. Named as
+    what loads labels is: a bare image goes without.
     """
 
     def transform(self, results: dict) -> dict:

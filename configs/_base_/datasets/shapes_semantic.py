@@ -8,7 +8,7 @@ data_root = "datasets/shapes"
 train_pipeline = [
     dict(type="LoadImage"),
     dict(type="LoadPanoptic"),
-    dict(type="SemanticFromPanoptic"),
+    dict(type="LoadSemanticFromPanoptic"),
     dict(type="ScaleAndCrop", crop_size="${image_size}", ratio_range=(0.8, 1.5)),
     dict(type="Albumentations", transforms=[dict(type="HorizontalFlip", p=0.5)]),
     dict(type="SSDColorJitter"),
@@ -17,7 +17,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type="LoadImage"),
     dict(type="LoadPanoptic"),
-    dict(type="SemanticFromPanoptic"),
+    dict(type="LoadSemanticFromPanoptic"),
     dict(type="PackSegInputs"),
 ]
 
