@@ -180,11 +180,19 @@ def add_benchmark(parser: argparse.ArgumentParser) -> None:
     evaluators.add_argument("--pred", metavar="JSON")
     evaluators.add_argument("--pred-dir", metavar="DIR")
     evaluators.add_argument("--repeats", type=int, default=5)
-    model = subjects.add_parser("model", help="Mask2Former: forward, criterion and training step, one thread")
+    model = subjects.add_parser(
+        "model", help="a config: where a frame's time goes; without one Mask2Former against a baseline, one thread"
+    )
+    model.add_argument("config", nargs="?")
+    model.add_argument("checkpoint", nargs="?", help="default: weights as initialised")
+    model.add_argument("--frame", nargs=2, type=int, default=(1024, 2048), metavar=("HEIGHT", "WIDTH"))
+    model.add_argument("--device", default="cpu", help="of a config's frames")
     model.add_argument("--baseline", choices=("transformers",), default="transformers")
     model.add_argument("--encoder", nargs="+", choices=("swin_t", "r50"), default=["swin_t", "r50"])
     model.add_argument("--size", type=int, default=512, help="side of the square image")
     model.add_argument("--repeats", type=int, default=5)
+    polygons = subjects.add_parser("polygons", help="decoding and region losses against the published loops")
+    polygons.add_argument("--repeats", type=int, default=20)
     ops = subjects.add_parser("ops", help="operators against the official formulations: time, memory, accuracy")
     ops.add_argument("--device", default="cpu", help="cpu or cuda")
     ops.add_argument("--op", nargs="+", metavar="NAME", help="default: all")
@@ -219,6 +227,14 @@ def run_benchmark(args: argparse.Namespace) -> None:
 
         what = (args.config, args.checkpoint, args.source, args.synthetic)
         print(benchmark_video(*what, args.frames, args.repeats, args.device))
+    elif args.subject == "polygons":
+        from densepred.engine.benchmark_polygons import benchmark_polygons
+
+        print(benchmark_polygons(args.repeats))
+    elif args.config is not None:
+        from densepred.engine.benchmark_frame import benchmark_frame
+
+        print(benchmark_frame(args.config, args.checkpoint, args.frame, args.repeats, args.device))
     else:
         from densepred.engine.benchmark_model import benchmark_model
 
