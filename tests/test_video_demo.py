@@ -23,6 +23,7 @@ from densepred.engine.checkpoint import write_checkpoint
 from densepred.inference import load_model, predict_image
 from densepred.structures import InstanceData, PanopticMap, SegSample
 from densepred.video import sink as sink_module
+from densepred.video.benchmark import benchmark_video
 from densepred.video.demo import Demo, VideoOptions, check_display, run_video
 from densepred.video.overlay import Painter, draw_timings, write
 from densepred.video.scene import make_scene
@@ -30,6 +31,7 @@ from densepred.video.sink import FileSink, check_out, has_pyav, letter_box
 from densepred.video.source import VideoSource
 from densepred.video.stages import Meter, Packet, StageError
 from densepred.video.state import FrameHub, OverlayState
+from tests.browser import browser, missing
 from tests.small import CONFIGS, LOADERS
 from tests.streams import MJPEGServer, free_port, jpeg, wait_until
 
@@ -202,6 +204,31 @@ def test_drawing_a_large_frame_takes_milliseconds():
     assert min(times) < 0.03  # `densepred.visualization` needs 0.07
 
 
+def test_switches_are_set_together_or_not_at_all():
+    state = OverlayState()
+    state.update(opacity=1, scores=True)
+    assert state.snapshot()["opacity"] == 1.0 and state.snapshot()["scores"] is True
+    for wrong in ({"opacity": 1.5}, {"opacity": True}, {"opacity": float("nan")}, {"masks": 1}, {"nothing": True}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            state.update(timings=False, **wrong)
+    assert state.snapshot()["timings"] is True
+
+
+def test_the_hub_hands_on_the_newest_frame():
+    hub = FrameHub()
+    assert hub.wait(0, 0.01) is None and hub.wait(-1, 0.01) is None and hub.record() == {}
+    for value in (50, 200):
+        hub.publish(np.full((*SIZE, 3), value, np.uint8), {"frames": value})
+    number, data = hub.wait(0, 1.0)
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    assert number == 2 and abs(picture.mean() - 200) < 3 and hub.record() == {"frames": 200}
+    assert hub.wait(1, 1.0)[1] is data  # encoded once for all
+    assert hub.wait(2, 0.01) is None
+    threading.Timer(0.1, hub.close).start()
+    start = time.monotonic()
+    assert hub.wait(2, 20.0) is None and time.monotonic() - start < 10 and hub.closed
+
+
 def read_video(path: Path) -> tuple[list[np.ndarray], float]:
     capture = cv2.VideoCapture(str(path))
     frames = []
@@ -232,6 +259,26 @@ def test_files_hold_every_frame(name, tmp_path, monkeypatch, capfd):
     assert sink.record()["frames"] == 20
     codec = path.read_bytes()[:4000]
     assert b"V_VP9" in codec if path.suffix == ".webm" else b"ftyp" in codec
+
+
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_a_browser_plays_the_files(tmp_path, monkeypatch):
+    names = ["a.webm", "opencv.webm"] + ["a.mp4"] * has_pyav()
+    for name in names:
+        monkeypatch.setattr(sink_module, "has_pyav", lambda name=name: name != "opencv.webm" and has_pyav())
+        sink = FileSink(tmp_path / name, 10, live=False)
+        for frame in ramp(5, (48, 96)):
+            sink.write(frame, 0.0)
+        sink.close()
+    videos = "".join(f'<video muted autoplay src="{name}"></video>' for name in names)
+    (tmp_path / "page.html").write_text(f"<!DOCTYPE html>{videos}")
+    state = (
+        "return [...document.querySelectorAll('video')].map(v => v.error ? v.error.message : [v.videoWidth, v.ended])"
+    )
+    with browser(tmp_path / "profile") as chromium:
+        chromium.open(f"file://{tmp_path}/page.html")
+        wait_until(lambda: all(shown != [96, False] and shown != [0, False] for shown in chromium.run(state)), 60)
+        assert chromium.run(state) == [[96, True]] * len(names)
 
 
 @needs_pyav
@@ -418,6 +465,8 @@ def command(monkeypatch, *words: str) -> str:
         (["--source", "nowhere.mp4"], "nowhere.mp4: no such video"),
         (["--source", "CLIP", "--out", "a.avi"], "videos are written as"),
         (["--source", "CLIP", "--out", "/proc/none/a.webm"], "/proc/none"),
+        (["--source", "CLIP", "--max-frames", "0"], "at least 1"),
+        (["--source", "CLIP", "--timeout", "0"], "more than 0 seconds"),
         (["--source", "CLIP", "--opacity", "2"], "opacity is a number in 0..1"),
         (["--source", "CLIP", "--serve", "PORT"], "in use"),
         (["--source", "CLIP"], "other.pth"),
@@ -444,6 +493,13 @@ def test_the_command_writes_a_video_and_its_figures(clip, checkpoint, tmp_path, 
     assert set(record["stages"]) == {"decode", "model", "draw"}
 
 
+def test_the_benchmark_times_a_model_on_a_file(clip, checkpoint):
+    table = benchmark_video(CONFIG, checkpoint, str(clip), None, frames=4, repeats=1)
+    assert "| model " in table and re.search(r"4 frames, 1 repeats; together [\d.]+x", table)
+    with MJPEGServer([[jpeg(1)]]) as server, pytest.raises(ValueError, match="a live source has its own pace"):
+        benchmark_video(CONFIG, checkpoint, server.url, None)
+
+
 def test_ctrl_c_closes_the_file(checkpoint, tmp_path):
     out, port = tmp_path / "out.webm", free_port()
     with MJPEGServer([[step for k in range(20) for step in (jpeg(10 * k), 0.05)]], endless=True) as server:
@@ -458,7 +514,7 @@ def test_ctrl_c_closes_the_file(checkpoint, tmp_path):
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         try:
-            wait_until(lambda: drawn_frames(port) >= 5 or process.poll() is not None, 120)
+            wait_until(lambda: drawn_frames(port) >= 5 or process.poll() is not None, 240)
             process.send_signal(signal.SIGINT)
             said, complaint = process.communicate(timeout=60)
         finally:

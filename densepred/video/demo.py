@@ -40,6 +40,9 @@ class VideoOptions:
         score_threshold: instances below it, 0..1, are left out.
         timeout: seconds without a frame after which a live source has ended.
         overlay: the switches at the start, see `OverlayState`.
+
+    Raises:
+        ValueError: no frame or no time at all.
     """
 
     source: str
@@ -50,6 +53,12 @@ class VideoOptions:
     score_threshold: float = 0.5
     timeout: float = 10.0
     overlay: dict[str, bool | float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.max_frames is not None and self.max_frames < 1:
+            raise ValueError(f"--max-frames {self.max_frames}: at least 1; leave it out for all frames")
+        if not self.timeout > 0:
+            raise ValueError(f"--timeout {self.timeout}: more than 0 seconds")
 
 
 class Demo:

@@ -238,8 +238,8 @@ class Pipeline:
             self.stop("interrupted")
         finally:
             self.stop("the source ended")
-            threads["model"].join()
             threads["draw"].join()
+            threads["model"].join()
             threads["decode"].join(1.0)
         if self._error is not None:
             raise self._error
