@@ -15,6 +15,7 @@ ROOMS = [
     {"encoders", "decoders", "heads"},
     {"semantic_inference", "segmentor", "data", "evaluation"},
     {"engine", "inference", "visualization", "adaptive", "eco", "eco_tradeoff"},
+    {"video"},
 ]
 """From the ground up: a module imports from its own row and from those above it in this list."""
 

@@ -19,7 +19,12 @@ PAGES = [
     ROOT / "datasets" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-TOOLS = {"convert_checkpoint": "convert", "eco_derive": "eco-derive", "eco_tradeoff": "eco-tradeoff"}
+TOOLS = {
+    "convert_checkpoint": "convert",
+    "video_demo": "video",
+    "eco_derive": "eco-derive",
+    "eco_tradeoff": "eco-tradeoff",
+}
 
 
 def command_lines() -> list[str]:
