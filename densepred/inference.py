@@ -19,6 +19,7 @@ from densepred.engine.conversion import fitting_weights, naming
 from densepred.engine.hooks import check_classes
 from densepred.engine.pictures import GRID_SIDE
 from densepred.heads.polygon_masks import round_coordinates
+from densepred.ops.polygon_fill import coco_polygon, fill_polygon
 from densepred.registry import DATASETS, TRANSFORMS
 from densepred.segmentor import Segmentor
 from densepred.structures import SegSample
@@ -158,8 +159,9 @@ def segment_records(
 
     A record has ``label``, ``category`` (its name), ``area`` in pixels, ``bbox`` (x, y, width, height), ``segmentation``
     (COCO's compressed RLE), and of ``id``, ``isthing``, ``score``, ``depth``, ``polygon`` ([[x, y], ...] in pixels) those
-    that the prediction has. Of instances with polygons and no masks ``segmentation`` is COCO's list of polygons, area and
-    box are those of their part in the image, and those with a vertex that is not finite are left out.
+    that the prediction has. Of instances with polygons and no masks ``segmentation`` is COCO's list of polygons, whose
+    coordinates are half a pixel more, area and box are those of their part in the image, and those with a vertex that is
+    not finite are left out.
     """
     from pycocotools import mask as rle
 
@@ -190,8 +192,6 @@ def _shapes(sample: SegSample, score_threshold: float) -> Iterator[tuple[dict, d
 
 
 def _instances(sample: SegSample, score_threshold: float) -> Iterator[tuple[dict, dict]]:
-    from pycocotools import mask as rle
-
     instances = sample.pred_instances.cpu()
     for n in torch.nonzero(instances.scores >= score_threshold).flatten().tolist():
         known: dict[str, Any] = dict(label=int(instances.labels[n]), score=float(instances.scores[n]))
@@ -204,8 +204,11 @@ def _instances(sample: SegSample, score_threshold: float) -> Iterator[tuple[dict
         if "masks" in instances:
             yield _run_lengths(instances.masks[n].numpy()), known
         else:
-            outline = [[value for point in known["polygon"] for value in point]]
-            yield rle.frPyObjects(outline, *sample.ori_shape)[0], known | dict(segmentation=outline)
+            polygon = np.array(known["polygon"])
+            mask = np.zeros(sample.ori_shape, bool)
+            window, inside = fill_polygon(polygon, sample.ori_shape)
+            mask[window] = inside
+            yield _run_lengths(mask), known | dict(segmentation=[coco_polygon(polygon)])
 
 
 def _run_lengths(mask: np.ndarray) -> dict:

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import torch
 
+from densepred.ops.polygon_fill import SHIFT, fill_polygon, fixed_point
 from densepred.structures import IGNORE_INDEX, InstanceData, PanopticMap, SegSample
 
 Color = tuple[int, int, int]
@@ -21,10 +22,6 @@ Color = tuple[int, int, int]
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 MIN_TEXT = 9
 """Height in pixels below which a class name is left out."""
-SHIFT = 4
-"""Bits behind the point in the vertices that OpenCV draws."""
-FARTHEST = 30_000
-"""Pixels: vertices farther away are moved there, OpenCV counts in 16 bits."""
 STEPS = (0.618034, 0.414214)
 """Of hue and lightness from one instance to the next; irrational steps around a circle never come close to each other."""
 
@@ -144,12 +141,12 @@ def draw_polygons(
     for rank, n in enumerate(order):
         label = _checked(int(columns["labels"][n]), classes)
         color = _shade(palette[label], rank)
-        region, inside = _polygon_region(polygons[n], image.shape[:2])
+        region, inside = fill_polygon(polygons[n], image.shape[:2])
         if not inside.any():
             continue
         tint = opacity * np.array(color, np.float32)
         out[region][inside] = np.round((1 - opacity) * faded[region][inside] + tint).astype(np.uint8)
-        cv2.polylines(out, [_fixed_point(polygons[n])], True, _lighter(color), _line(image), cv2.LINE_AA, SHIFT)
+        cv2.polylines(out, [fixed_point(polygons[n])], True, _lighter(color), _line(image), cv2.LINE_AA, SHIFT)
         regions[n] = region, inside, f"{classes[label]} {scores[n]:.2f}" if "scores" in columns else classes[label]
     for region, inside, name in reversed(regions.values()):
         mask = np.zeros(image.shape[:2], np.uint8)
@@ -269,22 +266,6 @@ def write_png(path: str | Path, rgb: np.ndarray) -> Path:
     finally:
         Path(scratch).unlink(missing_ok=True)
     return path
-
-
-def _fixed_point(polygon: np.ndarray) -> np.ndarray:
-    """Return vertices (V, 2) as OpenCV takes them, int32 with `SHIFT` bits behind the point."""
-    return np.round(np.clip(polygon, -FARTHEST, FARTHEST) * 2**SHIFT).astype(np.int32)
-
-
-def _polygon_region(polygon: np.ndarray, size: tuple[int, int]) -> tuple[tuple[slice, slice], np.ndarray]:
-    """Return the window of the image (H, W) that a polygon (V, 2) reaches into, and where it is inside, (h, w) bool."""
-    polygon = np.clip(polygon, -FARTHEST, FARTHEST)
-    left, top = np.maximum(np.floor(polygon.min(axis=0)), 0).astype(int)
-    right, bottom = np.minimum(np.ceil(polygon.max(axis=0)) + 1, size[::-1]).astype(int)
-    inside = np.zeros((max(0, bottom - top), max(0, right - left)), np.uint8)
-    if inside.size:
-        cv2.fillPoly(inside, [_fixed_point(polygon - (left, top))], 1, shift=SHIFT)
-    return (slice(top, top + len(inside)), slice(left, left + inside.shape[1])), inside.astype(bool)
 
 
 def _nearest(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -142,9 +142,9 @@ def test_polygons_come_with_their_coordinates_and_as_coco_takes_them():
     sample = SegSample(pred_instances=InstanceData(polygons=polygons, **known), metainfo=dict(ori_shape=(30, 40)))
     whole, cut = segment_records(sample, ("a", "b"))
     assert whole["polygon"] == [[10, 5], [20, 5], [20, 9], [10, 9]]
-    assert whole["segmentation"] == [[10, 5, 20, 5, 20, 9, 10, 9]]
-    assert (whole["depth"], whole["area"], whole["bbox"]) == (2, 40, [10, 5, 10, 4])
-    assert cut["polygon"][0] == [-3, -8] and cut["area"] == 0  # only its empty last row touches the image
+    assert whole["segmentation"] == [[10.5, 5.5, 20.5, 5.5, 20.5, 9.5, 10.5, 9.5]]
+    assert (whole["depth"], whole["area"], whole["bbox"]) == (2, 55, [10, 5, 11, 5])
+    assert cut["polygon"][0] == [-3, -8] and cut["area"] == 0
     assert json.loads(json.dumps([whole, cut])) == [whole, cut]
     masks = torch.zeros(3, 30, 40, dtype=torch.bool)
     masks[0, 6:8, 10:20] = True

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from mmengine import dist
-from mmengine.evaluator import Evaluator
 from pycocotools.coco import COCO
 
 import densepred.evaluation  # noqa: F401, registers the metrics
@@ -147,33 +146,29 @@ def test_json_holds_what_was_predicted_and_nothing_that_is_no_number(tmp_path):
     assert not list(tmp_path.glob("*.jsonl"))
 
 
-def test_coco_results_score_as_their_filled_masks(tmp_path):
-    """By our evaluator from the file, by pycocotools from the file, and through `CocoInstance` from masks."""
-    samples = [sample(n, "each") for n in range(3)]
+@pytest.mark.parametrize(("shift", "low", "high"), [(0.5, 99.999, 100), (2.0, 20, 99)])
+def test_coco_results_hold_the_polygons_in_coco_s_coordinates(tmp_path, shift, low, high):
+    """By our evaluator from the file and by pycocotools from the file: both find truth that is only half a pixel off."""
+    samples = [sample(n) for n in range(3)]
     truth = {"images": [], "annotations": [], "categories": [{"id": n} for n in META["category_ids"]]}
     for one in samples:
         truth["images"].append({"id": one.img_id, "height": 64, "width": 96})
-        found = sample(one.img_id).pred_instances
-        for polygon, label in zip((found.polygons + 1).tolist(), found.labels, strict=True):
+        found = one.pred_instances
+        for polygon, label in zip((found.polygons + shift).tolist(), found.labels, strict=True):
             known = {"id": len(truth["annotations"]) + 1, "iscrowd": 0, "area": 500, "bbox": [0, 0, 9, 9]}
             outline = {"segmentation": [np.ravel(polygon).tolist()], "category_id": META["category_ids"][label]}
             truth["annotations"].append(known | outline | {"image_id": one.img_id})
     (tmp_path / "gt.json").write_text(json.dumps(truth))
-    evaluator = Evaluator(
-        [
-            dict(type="densepred.PolygonFiles", out_dir=str(tmp_path)),
-            dict(type="densepred.CocoInstance", ann_file=str(tmp_path / "gt.json")),
-        ]
-    )
-    evaluator.dataset_meta = META
-    evaluator.process(samples)
-    figures = evaluator.evaluate(3)
-    assert 20 < figures["AP"] < 99
+    write(samples, out_dir=str(tmp_path))
     results = tmp_path / "instances_polygons.json"
-    assert 100 * evaluate_files(tmp_path / "gt.json", results)["stats"]["AP"] == pytest.approx(figures["AP"])
+    figure = 100 * evaluate_files(tmp_path / "gt.json", results)["stats"]["AP"]
+    assert low < figure <= high
     loaded = COCO(str(tmp_path / "gt.json")).loadRes(str(results))  # pycocotools takes the file as it is
     ap = instance_ap(truth, [{**r, "segmentation": loaded.annToRLE(r)} for r in loaded.anns.values()], "segm")
-    assert 100 * ap["stats"]["AP"] == pytest.approx(figures["AP"])
+    assert 100 * ap["stats"]["AP"] == pytest.approx(figure)
+    for record in loaded.anns.values():
+        corners = np.reshape(record["segmentation"], (-1, 2))
+        np.testing.assert_allclose(record["bbox"], [*corners.min(0), *np.ptp(corners, axis=0)], atol=1e-9)
 
 
 def test_without_a_folder_nothing_happens_and_mistakes_are_named(tmp_path):

@@ -8,9 +8,9 @@ Coordinates are image pixels, x before y, pixel centres at whole numbers. What n
 
 * a vertex that is not finite: the polygon has no mask and is not kept;
 * a vertex beyond +-`REACH`: it is moved there; only what lies in the image counts;
-* an outline that crosses itself: even-odd, as Pillow and pycocotools fill it;
-* fewer than three distinct vertices: what Pillow draws of them, a stroke under ``cityscapes``, at most a dot under ``kitti``
-  and ``idd``; nothing under ``each``.
+* an outline that crosses itself: even-odd;
+* fewer than three distinct vertices: what is drawn of them, a stroke under ``cityscapes``, at most a dot under ``kitti``
+  and ``idd``, a line or a dot under ``each``.
 """
 
 from collections.abc import Mapping
@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from densepred.ops.polygon_fill import fill_polygon
 
 REACH = 32767
 """Largest coordinate in pixels."""
@@ -59,7 +61,7 @@ RULES = {
     "idd": Rule(by_class=True, inclusive=True),
     "each": Rule(occlusion=False, min_pixels=1),
 }
-"""``each`` fills every polygon by itself, as pycocotools does with polygons in a result file."""
+"""``each`` fills every polygon by itself, see `densepred.ops.polygon_fill.fill_polygon`."""
 
 
 class Box(NamedTuple):
@@ -236,15 +238,9 @@ def _clipped_box(points: np.ndarray, size: tuple[int, int]) -> Box | None:
 
 
 def _each(vertices: np.ndarray, order: list[int], size: tuple[int, int]) -> np.ndarray:
-    """Fill every polygon (N, V, 2) by itself, as pycocotools does; (N, H, W) bool."""
-    from pycocotools import mask as rle
-
+    """Fill every polygon (N, V, 2) by itself; (N, H, W) bool."""
     masks = np.zeros((len(vertices), *size), bool)
     for n in order:
-        box = _clipped_box(vertices[n], size)
-        if box is None:
-            continue
-        # Right and bottom can be cut off; a shift to the box would change where pycocotools rounds.
-        code = rle.frPyObjects([vertices[n].ravel().tolist()], box.bottom, box.right)
-        masks[n][box.slices] = rle.decode(code)[..., 0].view(bool)[box.slices]
+        window, inside = fill_polygon(vertices[n], size)
+        masks[n][window] = inside
     return masks
