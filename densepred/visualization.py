@@ -59,7 +59,7 @@ def draw_panoptic(
     areas, seen = [], dict.fromkeys(range(len(classes)), 0)
     for segment in panoptic.segments:
         label = _checked(segment["label"], classes)
-        color = _shade(palette[label], seen[label]) if segment["isthing"] else tuple(palette[label])
+        color = shade(palette[label], seen[label]) if segment["isthing"] else tuple(palette[label])
         seen[label] += 1
         areas.append(Area(segment["id"], color, classes[label]))
     return _paint(image, panoptic.numpy(), areas, opacity)
@@ -104,12 +104,12 @@ def draw_instances(
     scores = instances.scores.cpu().numpy() if scored else np.ones(len(labels))
     order = [i for i in np.argsort(scores, kind="stable") if scores[i] >= score_threshold]
     out, occupied, faded = image.copy(), [], _faded(image)
-    colors = {i: _shade(palette[_checked(int(labels[i]), classes)], rank) for rank, i in enumerate(order)}
+    colors = {i: shade(palette[_checked(int(labels[i]), classes)], rank) for rank, i in enumerate(order)}
     for i in order:
         tint = opacity * np.array(colors[i], np.float32)
         out[masks[i]] = np.round((1 - opacity) * faded[masks[i]] + tint).astype(np.uint8)
         outline, _ = cv2.findContours(masks[i].astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(out, outline, -1, _lighter(colors[i]), _line(image), cv2.LINE_AA)
+        cv2.drawContours(out, outline, -1, lighter(colors[i]), _line(image), cv2.LINE_AA)
     for i in reversed(order):
         name = f"{classes[labels[i]]} {scores[i]:.2f}" if scored else classes[labels[i]]
         _write_name(out, masks[i].astype(np.uint8), name, occupied)
@@ -140,13 +140,13 @@ def draw_polygons(
     out, occupied, faded, regions = image.copy(), [], _faded(image), {}
     for rank, n in enumerate(order):
         label = _checked(int(columns["labels"][n]), classes)
-        color = _shade(palette[label], rank)
+        color = shade(palette[label], rank)
         region, inside = fill_polygon(polygons[n], image.shape[:2])
         if not inside.any():
             continue
         tint = opacity * np.array(color, np.float32)
         out[region][inside] = np.round((1 - opacity) * faded[region][inside] + tint).astype(np.uint8)
-        cv2.polylines(out, [fixed_point(polygons[n])], True, _lighter(color), _line(image), cv2.LINE_AA, SHIFT)
+        cv2.polylines(out, [fixed_point(polygons[n])], True, lighter(color), _line(image), cv2.LINE_AA, SHIFT)
         regions[n] = region, inside, f"{classes[label]} {scores[n]:.2f}" if "scores" in columns else classes[label]
     for region, inside, name in reversed(regions.values()):
         mask = np.zeros(image.shape[:2], np.uint8)
@@ -268,6 +268,20 @@ def write_png(path: str | Path, rgb: np.ndarray) -> Path:
     return path
 
 
+def shade(color: Color, rank: int) -> Color:
+    """Return the class colour, turned and brightened or darkened by the rank of the instance; rank 0 keeps it."""
+    hue, lightness, saturation = colorsys.rgb_to_hls(*(c / 255 for c in color))
+    turn, lift = ((rank * step + 0.5) % 1 - 0.5 for step in STEPS)  # -0.5..0.5
+    lightness = min(0.8, max(0.2, lightness + 0.35 * lift)) if rank else lightness
+    rgb = colorsys.hls_to_rgb((hue + 0.15 * turn) % 1, lightness, saturation)
+    return tuple(round(255 * c) for c in rgb)
+
+
+def lighter(color: Color) -> Color:
+    """Return the colour of outlines around areas of a colour."""
+    return tuple(round(0.35 * c + 0.65 * 255) for c in color)
+
+
 def _nearest(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Resize (..., H, W) whole numbers without mixing them."""
     height, width = values.shape[-2:]
@@ -284,7 +298,7 @@ def _paint(image: np.ndarray, ids: np.ndarray, areas: Sequence[Area], opacity: f
     out = cv2.addWeighted(_faded(image), 1 - opacity, colors[dense], opacity, 0)
     void = dense == 0
     out[void] = _hatched(image)[void]
-    lines = np.array([(150, 150, 150), *(_lighter(area.color) for area in areas)], np.uint8)
+    lines = np.array([(150, 150, 150), *(lighter(area.color) for area in areas)], np.uint8)
     border = _borders(dense, _line(image))
     out[border] = lines[dense[border]]
     sizes = np.bincount(dense.ravel(), minlength=len(areas) + 1)
@@ -314,19 +328,6 @@ def _checked(label: int, classes: Sequence[str]) -> int:
     if not 0 <= label < len(classes):
         raise ValueError(f"label {label} is outside the {len(classes)} classes (0..{len(classes) - 1})")
     return label
-
-
-def _shade(color: Color, rank: int) -> Color:
-    """Return the class colour, turned and brightened or darkened by the rank of the instance; rank 0 keeps it."""
-    hue, lightness, saturation = colorsys.rgb_to_hls(*(c / 255 for c in color))
-    turn, lift = ((rank * step + 0.5) % 1 - 0.5 for step in STEPS)  # -0.5..0.5
-    lightness = min(0.8, max(0.2, lightness + 0.35 * lift)) if rank else lightness
-    rgb = colorsys.hls_to_rgb((hue + 0.15 * turn) % 1, lightness, saturation)
-    return tuple(round(255 * c) for c in rgb)
-
-
-def _lighter(color: Color) -> Color:
-    return tuple(round(0.35 * c + 0.65 * 255) for c in color)
 
 
 def _line(image: np.ndarray) -> int:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from densepred.ops.polygon_fill import SHIFT, fixed_point
 from densepred.video.scene import Item, Scene
 from densepred.video.tracker import Tracker
-from densepred.visualization import FONT, Color, _lighter, _shade
+from densepred.visualization import FONT, Color, lighter, shade
 
 CROSS = np.ones((3, 3), np.uint8)
 LINE_HEIGHT = 1.7
@@ -35,7 +36,7 @@ class Painter:
         boxes = np.array([items[k].box for k in things]).reshape(-1, 4)
         numbers = self._tracker.update(boxes, np.array([items[k].label for k in things], np.int64))
         ranks = dict(zip(things, numbers, strict=True))
-        return [_shade(tuple(self._palette[item.label]), ranks.get(k, 0)) for k, item in enumerate(items)]
+        return [shade(tuple(self._palette[item.label]), ranks.get(k, 0)) for k, item in enumerate(items)]
 
     def draw(self, rgb: np.ndarray, scene: Scene, colors: Sequence[Color], switches: dict) -> np.ndarray:
         """Draw a scene on a frame.
@@ -55,7 +56,7 @@ class Painter:
             mixed = cv2.addWeighted(rgb, 1 - switches["opacity"], painted, switches["opacity"], 0)
             out = cv2.copyTo(mixed, scene.index, out)
         if switches["polygons"]:
-            out = draw_outlines(out, scene, [_lighter(color) for color in colors])
+            out = draw_outlines(out, scene, [lighter(color) for color in colors])
         if switches["classes"] or switches["scores"]:
             self._write_names(out, scene, switches)
         return out
@@ -87,8 +88,7 @@ def draw_outlines(canvas: np.ndarray, scene: Scene, colors: Sequence[Color]) -> 
     """Draw polygons as the model gives them, hidden parts too; of masks and areas the seen borders."""
     if any(item.polygon is not None for item in scene.items):
         for item, color in zip(scene.items, colors, strict=True):
-            points = [np.round(item.polygon * 16).astype(np.int32)]
-            cv2.polylines(canvas, points, True, color, 1, cv2.LINE_AA, 4)
+            cv2.polylines(canvas, [fixed_point(item.polygon)], True, color, 1, cv2.LINE_AA, SHIFT)
         return canvas
     borders = cv2.morphologyEx(scene.index, cv2.MORPH_GRADIENT, CROSS)
     lines = cv2.applyColorMap(cv2.dilate(scene.index, CROSS), color_table(colors))

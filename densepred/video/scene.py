@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from scipy.ndimage import find_objects
 
+from densepred.ops.polygon_fill import FARTHEST, SHIFT, fixed_point
 from densepred.structures import InstanceData, PanopticMap, SegSample
 
 MAX_ITEMS = 255
 """Objects and areas of one frame; what comes after them, by score, is not drawn."""
-FARTHEST = 30_000
-"""Pixels: vertices farther away are moved there, OpenCV counts in 16 bits."""
 
 
 class Item(NamedTuple):
@@ -116,7 +115,7 @@ def _polygon_scene(found: InstanceData, size: tuple[int, int]) -> Scene:
         finite = np.nan_to_num(polygon, posinf=FARTHEST, neginf=-FARTHEST).clip(-FARTHEST, FARTHEST)
         items.append(Item(label, True, score, np.concatenate((finite.min(0), finite.max(0))), finite))
     for k in order:
-        cv2.fillPoly(index, [np.round(items[k].polygon).astype(np.int32)], int(k) + 1)
+        cv2.fillPoly(index, [fixed_point(items[k].polygon)], int(k) + 1, shift=SHIFT)
     return Scene(index, items)
 
 
