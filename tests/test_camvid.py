@@ -108,3 +108,10 @@ def test_real():
         counts += np.bincount(sample["semantic"].ravel(), minlength=256)
     expected = [1601620, 4531180, 98499, 5053176, 1521751, 2851125, 155724, 537197, 304716, 113531, 387010]
     assert counts[:11].tolist() == expected and counts[255] == 297271 and counts.sum() == 101 * 360 * 480
+
+
+def test_options_that_such_a_set_has_not_are_refused(root):
+    with pytest.raises(ValueError, match="split='dev'; choose one of train, val, test"):
+        CamVid(str(root), "dev")
+    with pytest.raises(ValueError, match="filter_empty=True: CamVid knows the objects"):
+        CamVid(str(root), "train", filter_empty=True)

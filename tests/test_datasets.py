@@ -102,7 +102,7 @@ def test_missing_annotation_files(tmp_path):
         CityscapesPanoptic(str(tmp_path), "val")
     with pytest.raises(FileNotFoundError, match=r"`python datasets/prepare_ade20k\.py \S+ --split val`"):
         ADE20KPanoptic(str(tmp_path), "val")
-    with pytest.raises(ValueError, match="split 'test' of ADE20K: choose one of train, val"):
+    with pytest.raises(ValueError, match="split='test'; choose one of train, val"):
         ADE20KPanoptic(str(tmp_path), "test")
 
 

@@ -285,7 +285,7 @@ def test_ade20k_classes(make_shapes):
         assert np.array_equal(sample["semantic"], cv2.imread(sample["semantic_path"], -1) - np.uint8(1))
         classes = np.array([255, *(s["label"] for s in other["segments"])])[other["panoptic"]]
         assert (sample["semantic"] == classes)[other["panoptic"] > 0].all()
-    with pytest.raises(ValueError, match="split 'test' of ADE20K: choose one of train, val"):
+    with pytest.raises(ValueError, match="split='test'; choose one of train, val"):
         ADE20KSemantic(root, "test")
 
 

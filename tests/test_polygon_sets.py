@@ -56,7 +56,7 @@ def test_kitti_reads_its_maps_and_validates_on_every_twentieth(kitti):
     assert [NAMES[label] for label in sample["polygon_labels"]] == ["person", "car"]  # the lower one first
     masks = LoadInstances()({**sample})
     assert sorted(mask.sum() for mask in masks["masks"]) == [20 * 30, 20 * 40] and len(masks["mask_labels"]) == 2
-    with pytest.raises(ValueError, match="split='test' is none of train, val, trainval"):
+    with pytest.raises(ValueError, match="split='test'; choose one of train, val, trainval"):
         KITTIPolygons(str(kitti), "test")
 
 

@@ -37,6 +37,7 @@ class ADE20KPanoptic(SegDataset):
 
     METAINFO = metainfo(ADE20K)
     PREPARE = "python datasets/prepare_ade20k.py"
+    SPLITS = tuple(FOLDERS)
 
     def __init__(
         self,
@@ -51,10 +52,8 @@ class ADE20KPanoptic(SegDataset):
         test_mode: bool = False,
         lazy_init: bool = False,
     ) -> None:
-        _require_split(split)
-        self.split = split
         self.panoptic_json = ann_file or f"ade20k_panoptic_{split}.json"
-        super().__init__(data_root, pipeline, seed, indices, filter_empty, skip_damaged, test_mode, lazy_init)
+        super().__init__(data_root, split, pipeline, seed, indices, filter_empty, skip_damaged, test_mode, lazy_init)
 
     def load_data_list(self) -> list[dict]:
         """Return the records of `panoptic_records`, all files found."""
@@ -87,31 +86,13 @@ class ADE20KSemantic(SegDataset):
     METAINFO = metainfo(ADE20K)
     COMMON = {"semantic_table": label_table({0: IGNORE_INDEX} | {label + 1: label for label in range(len(ADE20K))})}
 
-    def __init__(
-        self,
-        data_root: str,
-        split: str,
-        pipeline: Sequence[dict | Callable] = (),
-        seed: int = 0,
-        indices: int | Sequence[int] | None = None,
-        skip_damaged: bool = False,
-        test_mode: bool = False,
-        lazy_init: bool = False,
-    ) -> None:
-        _require_split(split)
-        self.split = split
-        super().__init__(data_root, pipeline, seed, indices, False, skip_damaged, test_mode, lazy_init)
+    SPLITS = tuple(FOLDERS)
 
     def load_data_list(self) -> list[dict]:
         """Return records with ``semantic_path``, all files found."""
         images, labels = (os.path.join(self.data_root, part, FOLDERS[self.split]) for part in ("images", "annotations"))
         files = paired_files(images, ".jpg", labels, ".png")
         return [{"img_path": image, "img_id": name, "semantic_path": label} for name, image, label in files]
-
-
-def _require_split(split: str) -> None:
-    if split not in FOLDERS:
-        raise ValueError(f"split {split!r} of ADE20K: choose one of {', '.join(FOLDERS)}")
 
 
 def panoptic_from_labels(semantic: np.ndarray, instances: np.ndarray | None) -> tuple[np.ndarray, list[dict]]:

@@ -1,7 +1,6 @@
 """Microscope images with two classes, background and foreground in this order: ISBI 2012's cells and DSB 2018's nuclei."""
 
 import os
-from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -36,21 +35,7 @@ class ISBI2012(SegDataset):
     METAINFO = metainfo(((0, "membrane", False, (150, 40, 60)), (255, "cell", False, (120, 190, 220))))
     COMMON = {"semantic_table": label_table({0: 0, 255: 1})}
 
-    def __init__(
-        self,
-        data_root: str,
-        split: str,
-        pipeline: Sequence[dict | Callable] = (),
-        seed: int = 0,
-        indices: int | Sequence[int] | None = None,
-        skip_damaged: bool = False,
-        test_mode: bool = False,
-        lazy_init: bool = False,
-    ) -> None:
-        if split not in SLICES:
-            raise ValueError(f"split {split!r} of ISBI 2012: choose one of {', '.join(SLICES)}")
-        self.split = split
-        super().__init__(data_root, pipeline, seed, indices, False, skip_damaged, test_mode, lazy_init)
+    SPLITS = tuple(SLICES)
 
     def load_data_list(self) -> list[dict]:
         """Return records with ``semantic_path``, all files found."""
@@ -81,19 +66,7 @@ class DSB2018Nuclei(SegDataset):
     METAINFO = metainfo(((0, "background", False, (40, 40, 40)), (1, "nucleus", False, (90, 200, 90))))
     COMMON = {"semantic_table": (np.arange(1 << 16) > 0).astype(np.int16)}
 
-    def __init__(
-        self,
-        data_root: str,
-        split: str,
-        pipeline: Sequence[dict | Callable] = (),
-        seed: int = 0,
-        indices: int | Sequence[int] | None = None,
-        skip_damaged: bool = False,
-        test_mode: bool = False,
-        lazy_init: bool = False,
-    ) -> None:
-        self.split = split
-        super().__init__(data_root, pipeline, seed, indices, False, skip_damaged, test_mode, lazy_init)
+    SPLITS = ("train", "val", "test")
 
     def load_data_list(self) -> list[dict]:
         """Return records with ``semantic_path``, all files found."""

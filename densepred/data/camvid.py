@@ -1,7 +1,6 @@
 """CamVid: street scenes with 11 classes, as SegNet published them."""
 
 import os
-from collections.abc import Callable, Sequence
 
 from densepred.data.class_tables import CAMVID, metainfo
 from densepred.data.dataset import SegDataset
@@ -31,19 +30,7 @@ class CamVid(SegDataset):
     METAINFO = metainfo(CAMVID)
     COMMON = {"semantic_table": label_table({label: label for label in range(len(CAMVID))} | {VOID: IGNORE_INDEX})}
 
-    def __init__(
-        self,
-        data_root: str,
-        split: str,
-        pipeline: Sequence[dict | Callable] = (),
-        seed: int = 0,
-        indices: int | Sequence[int] | None = None,
-        skip_damaged: bool = False,
-        test_mode: bool = False,
-        lazy_init: bool = False,
-    ) -> None:
-        self.split = split
-        super().__init__(data_root, pipeline, seed, indices, False, skip_damaged, test_mode, lazy_init)
+    SPLITS = ("train", "val", "test")
 
     def load_data_list(self) -> list[dict]:
         """Return records with ``semantic_path``, all files found."""

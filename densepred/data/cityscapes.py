@@ -38,6 +38,7 @@ class CityscapesPanoptic(SegDataset):
 
     METAINFO = metainfo(CITYSCAPES)
     PREPARE = "python datasets/prepare_cityscapes.py"
+    SPLITS = ("train", "val", "test")
 
     def __init__(
         self,
@@ -52,9 +53,8 @@ class CityscapesPanoptic(SegDataset):
         test_mode: bool = False,
         lazy_init: bool = False,
     ) -> None:
-        self.split = split
         self.panoptic_json = ann_file or f"gtFine/cityscapes_panoptic_{split}.json"
-        super().__init__(data_root, pipeline, seed, indices, filter_empty, skip_damaged, test_mode, lazy_init)
+        super().__init__(data_root, split, pipeline, seed, indices, filter_empty, skip_damaged, test_mode, lazy_init)
 
     def load_data_list(self) -> list[dict]:
         """Return the records of `panoptic_records`, all files found."""
@@ -97,19 +97,7 @@ class CityscapesInstances(SegDataset):
         )
     }
 
-    def __init__(
-        self,
-        data_root: str,
-        split: str,
-        pipeline: Sequence[dict | Callable] = (),
-        seed: int = 0,
-        indices: int | Sequence[int] | None = None,
-        skip_damaged: bool = False,
-        test_mode: bool = False,
-        lazy_init: bool = False,
-    ) -> None:
-        self.split = split
-        super().__init__(data_root, pipeline, seed, indices, False, skip_damaged, test_mode, lazy_init)
+    SPLITS = ("train", "val", "test")
 
     def load_data_list(self) -> list[dict]:
         """Return records with ``instance_path``, all files found."""
@@ -134,19 +122,7 @@ class CityscapesSemantic(SegDataset):
         )
     }
 
-    def __init__(
-        self,
-        data_root: str,
-        split: str,
-        pipeline: Sequence[dict | Callable] = (),
-        seed: int = 0,
-        indices: int | Sequence[int] | None = None,
-        skip_damaged: bool = False,
-        test_mode: bool = False,
-        lazy_init: bool = False,
-    ) -> None:
-        self.split = split
-        super().__init__(data_root, pipeline, seed, indices, False, skip_damaged, test_mode, lazy_init)
+    SPLITS = ("train", "val", "test")
 
     def load_data_list(self) -> list[dict]:
         """Return records with ``semantic_path``, all files found."""

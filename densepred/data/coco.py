@@ -45,7 +45,7 @@ class CocoPanoptic(SegDataset):
     ) -> None:
         self.layout = (ann_file, image_dir, panoptic_dir or os.path.splitext(ann_file)[0])
         self.classes_from_file = classes_from_file
-        super().__init__(data_root, pipeline, seed, indices, filter_empty, skip_damaged, test_mode, lazy_init)
+        super().__init__(data_root, None, pipeline, seed, indices, filter_empty, skip_damaged, test_mode, lazy_init)
 
     def load_data_list(self) -> list[dict]:
         """Return the records of `panoptic_records`, all files found."""

@@ -25,6 +25,7 @@ class SegDataset(BaseDataset):
 
     Args:
         data_root: folder of the data, see `resolve_data_root`.
+        split: which part of it, one of ``SPLITS``, where the data set has any.
         pipeline: transforms, built or as configs.
         seed: of all randomness in the pipeline.
         indices: use only the first (n > 0) or last (n < 0) images, or those at the given positions.
@@ -32,6 +33,9 @@ class SegDataset(BaseDataset):
         skip_damaged: in training, take the next image when one cannot be read, and report the file once; else stop.
         test_mode: evaluation: nothing is filtered or skipped.
         lazy_init: load the annotations at the first use.
+
+    Raises:
+        ValueError: a split that the data set does not have.
     """
 
     METAINFO = {"classes": (), "palette": (), "isthing": (), "category_ids": ()}
@@ -39,12 +43,15 @@ class SegDataset(BaseDataset):
     """The command that prepares or verifies the data, for messages."""
     OBJECTS = "segments_info"
     """Under which key a record lists its annotated objects (dicts with ``iscrowd``)."""
+    SPLITS: tuple[str, ...] = ()
+    """The names that ``split`` takes; empty: other arguments say which images."""
     COMMON: dict = {}
     """What the results of every image have beside its own record."""
 
     def __init__(
         self,
         data_root: str,
+        split: str | None = None,
         pipeline: Sequence[dict | Callable] = (),
         seed: int = 0,
         indices: int | Sequence[int] | None = None,
@@ -53,6 +60,9 @@ class SegDataset(BaseDataset):
         test_mode: bool = False,
         lazy_init: bool = False,
     ) -> None:
+        if self.SPLITS and split not in self.SPLITS:
+            raise ValueError(f"{type(self).__name__}: split={split!r}; choose one of {', '.join(self.SPLITS)}")
+        self.split = split
         built = [TRANSFORMS.build(step) if isinstance(step, dict) else step for step in pipeline]
         super().__init__(data_root=data_root, pipeline=built, test_mode=test_mode, lazy_init=True)
         self.seed = seed
@@ -81,6 +91,11 @@ class SegDataset(BaseDataset):
         if not records:
             raise ValueError(f"{self.source} has no annotated image; choose another annotation file or split")
         if self.filter_empty and not self.test_mode:
+            if self.OBJECTS not in records[0]:
+                raise ValueError(
+                    f"filter_empty=True: {type(self).__name__} knows the objects of an image only once its files are read; "
+                    "leave it out"
+                )
             records = [record for record in records if not all(o["iscrowd"] for o in record[self.OBJECTS])]
         records = _subset(records, self.indices)
         if not records:

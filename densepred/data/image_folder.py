@@ -73,7 +73,7 @@ class ImageFolderSegmentation(SegDataset):
             raise ValueError("give palette (masks hold colours) or label_values (masks hold numbers), not both")
         else:
             self.COMMON = {"semantic_table": color_table(classes, palette, ignore)}
-        super().__init__(data_root, pipeline, seed, indices, False, skip_damaged, test_mode, lazy_init=True)
+        super().__init__(data_root, None, pipeline, seed, indices, False, skip_damaged, test_mode, lazy_init=True)
         self._metainfo = folder_metainfo(classes, palette)
         if not lazy_init:
             self.full_init()

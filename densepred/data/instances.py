@@ -64,7 +64,7 @@ class CocoInstances(SegDataset):
     ) -> None:
         self.layout = (ann_file, image_dir)
         self.classes_from_file = classes_from_file
-        super().__init__(data_root, pipeline, seed, indices, filter_empty, skip_damaged, test_mode, lazy_init)
+        super().__init__(data_root, None, pipeline, seed, indices, filter_empty, skip_damaged, test_mode, lazy_init)
 
     def load_data_list(self) -> list[dict]:
         """Return the records of `instance_records`, all images found."""

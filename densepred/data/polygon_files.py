@@ -60,7 +60,7 @@ class CenterPolyFile(SegDataset):
     ) -> None:
         self.layout = (ann_file, image_dir)
         self.classes = None if classes is None else tuple(classes)
-        super().__init__(data_root, pipeline, seed, indices, filter_empty, skip_damaged, test_mode, lazy_init)
+        super().__init__(data_root, None, pipeline, seed, indices, filter_empty, skip_damaged, test_mode, lazy_init)
 
     def load_data_list(self) -> list[dict]:
         """Return a record an image with ``objects``, in the order of the file, all images found.

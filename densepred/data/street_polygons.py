@@ -1,7 +1,6 @@
 """Outlines and instances of street scenes, from their files as they come: Cityscapes, IDD and KITTI."""
 
 import os
-from collections.abc import Callable, Sequence
 
 from densepred.data.cityscapes import CityscapesInstances
 from densepred.data.class_tables import CITYSCAPES, IDD_THINGS, metainfo
@@ -35,19 +34,7 @@ class CityscapesPolygons(SegDataset):
     METAINFO = metainfo(tuple(row for row in CITYSCAPES if row[2]))
     COMMON = {"polygon_table": {name: label for label, name in enumerate(METAINFO["classes"])}}
 
-    def __init__(
-        self,
-        data_root: str,
-        split: str,
-        pipeline: Sequence[dict | Callable] = (),
-        seed: int = 0,
-        indices: int | Sequence[int] | None = None,
-        skip_damaged: bool = False,
-        test_mode: bool = False,
-        lazy_init: bool = False,
-    ) -> None:
-        self.split = split
-        super().__init__(data_root, pipeline, seed, indices, False, skip_damaged, test_mode, lazy_init)
+    SPLITS = ("train", "val", "test")
 
     def load_data_list(self) -> list[dict]:
         """Return records with ``polygon_path``, all files found."""
@@ -74,19 +61,7 @@ class IDDPolygons(SegDataset):
     METAINFO = metainfo(IDD_THINGS)
     COMMON = {"polygon_table": {name: label for label, name in enumerate(METAINFO["classes"])}}
 
-    def __init__(
-        self,
-        data_root: str,
-        split: str,
-        pipeline: Sequence[dict | Callable] = (),
-        seed: int = 0,
-        indices: int | Sequence[int] | None = None,
-        skip_damaged: bool = False,
-        test_mode: bool = False,
-        lazy_init: bool = False,
-    ) -> None:
-        self.split = split
-        super().__init__(data_root, pipeline, seed, indices, False, skip_damaged, test_mode, lazy_init)
+    SPLITS = ("train", "val")
 
     def load_data_list(self) -> list[dict]:
         """Return records with ``polygon_path``, all files found."""
@@ -125,21 +100,7 @@ class KITTIPolygons(SegDataset):
     COMMON = {"instance_table": CityscapesInstances.COMMON["instance_table"].copy(), "instance_divisor": 256}
     COMMON["instance_table"][255] = NO_OBJECT  # the class -1, of license plates, in 8 bits
 
-    def __init__(
-        self,
-        data_root: str,
-        split: str,
-        pipeline: Sequence[dict | Callable] = (),
-        seed: int = 0,
-        indices: int | Sequence[int] | None = None,
-        skip_damaged: bool = False,
-        test_mode: bool = False,
-        lazy_init: bool = False,
-    ) -> None:
-        if split not in ("train", "val", "trainval"):
-            raise ValueError(f"KITTIPolygons: split={split!r} is none of train, val, trainval")
-        self.split = split
-        super().__init__(data_root, pipeline, seed, indices, False, skip_damaged, test_mode, lazy_init)
+    SPLITS = ("train", "val", "trainval")
 
     def load_data_list(self) -> list[dict]:
         """Return records with ``instance_path``, all files found."""
