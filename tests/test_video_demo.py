@@ -30,7 +30,7 @@ from densepred.video.source import VideoSource
 from densepred.video.stages import Meter, Packet, StageError
 from densepred.video.state import FrameHub, OverlayState
 from tests.browser import browser, missing
-from tests.small import CONFIGS, LOADERS
+from tests.small import CONFIGS, LOADERS, NARROW, SMALL, SMALL_MASK2FORMER, SMALL_SEMANTIC
 from tests.streams import MJPEGServer, free_port, jpeg, wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -413,10 +413,13 @@ def test_a_paused_picture_stands_still_and_follows_the_switches():
 
 
 MODELS = {
-    "panoptic": ("kmax_r18_shapes.py", {}),
-    "masks": ("mask2former_r18_shapes.py", {"tasks": ("instance",), "model.head.tasks": ("instance",)}),
-    "semantic": (CONFIG.name, {}),
-    "polygons": ("centerpoly_r18_shapes.py", {}),
+    "panoptic": ("kmax_r18_shapes.py", SMALL | NARROW),
+    "masks": (
+        "mask2former_r18_shapes.py",
+        SMALL_MASK2FORMER | dict.fromkeys(("tasks", "model.head.tasks"), ("instance",)),
+    ),
+    "semantic": (CONFIG.name, LOADERS),
+    "polygons": ("centerpoly_r18_shapes.py", SMALL_SEMANTIC),
 }
 
 
@@ -424,7 +427,7 @@ MODELS = {
 def test_every_kind_of_model_runs_on_a_video(kind, clip, shapes):
     config, options = MODELS[kind]
     torch.manual_seed(0)
-    predict, meta = load_predictor(CONFIGS / config, None, cfg_options=LOADERS | {"data_root": str(shapes)} | options)
+    predict, meta = load_predictor(CONFIGS / config, None, cfg_options=options | {"data_root": str(shapes)})
     sample = predict(np.zeros((*SIZE, 3), np.uint8))
     if kind in ("masks", "polygons"):
         assert {"masks", "polygons"} & set(sample.pred_instances.keys()) == {kind}  # no masks where polygons are drawn

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from densepred.evaluation.table import text_table
-from densepred.video.demo import Demo
+from densepred.video.demo import Demo, load_predictor
 from densepred.video.sink import FileSink
 from densepred.video.source import VideoSource
 from densepred.video.stages import STAGES, Packet, Pipeline
@@ -64,18 +64,16 @@ def _benchmark_model(
     repeats: int,
     device: str,
 ) -> str:
-    from densepred.inference import load_model, predict_image
-
     with ExitStack() as stack:
         video = stack.enter_context(closing(VideoSource(source)))
         if video.live:
             raise ValueError(f"{source}: a live source has its own pace; name a file")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        model = load_model(config, checkpoint, device)
+        predict, meta = load_predictor(config, checkpoint, device)
         results = []
         for k in range(repeats):
             sink = stack.enter_context(closing(FileSink(folder / f"{k}.webm", video.fps, live=False)))
-            demo = Demo(partial(predict_image, model), model.dataset_meta, 0.5, OverlayState(), FrameHub(), sink)
+            demo = Demo(predict, meta, 0.5, OverlayState(), FrameHub(), sink)
             results.append(measure(partial(_frames_of, source, frames), demo.model, demo.draw))
         return report(results, frames)
 

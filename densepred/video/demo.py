@@ -125,6 +125,26 @@ class Demo:
         self._hub.publish(picture, self._record)
 
 
+def load_predictor(
+    config: str | os.PathLike,
+    checkpoint: str | os.PathLike | None,
+    device: str = "cpu",
+    cfg_options: dict[str, Any] | None = None,
+) -> tuple[Callable[[np.ndarray], SegSample], dict]:
+    """Return what `Demo` takes first: a model's prediction on a frame, and its ``classes`` and ``palette``.
+
+    Args:
+        config, checkpoint, device, cfg_options: see `densepred.inference.load_model`.
+    """
+    from densepred.heads.polygon import PolygonHead
+    from densepred.inference import load_model, predict_image
+
+    model = load_model(config, checkpoint, device, cfg_options)
+    if isinstance(model.head, PolygonHead):
+        model.head.compose = None  # polygons are what is drawn; masks of a large frame take longer than the model
+    return partial(predict_image, model), model.dataset_meta
+
+
 def run_video(
     predict: Callable[[np.ndarray], SegSample],
     meta: dict,
@@ -188,10 +208,8 @@ def run_demo(
         check_display()
     source = VideoSource(options.source, options.timeout)
     with serving(options.serve, hub, state):  # before the model: a port in use should not take its time to say so
-        from densepred.inference import load_model, predict_image
-
-        model = load_model(config, checkpoint, device, cfg_options)
-        record = run_video(partial(predict_image, model), model.dataset_meta, source, options, state, hub)
+        predict, meta = load_predictor(config, checkpoint, device, cfg_options)
+        record = run_video(predict, meta, source, options, state, hub)
     text = json.dumps(dict(config=os.fspath(config), device=device, **record), indent=1)
     print(text)
     if options.out is not None:
