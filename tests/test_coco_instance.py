@@ -302,6 +302,9 @@ def test_metric_rejects_what_does_not_fit(synthetic, tmp_path):
         metric_for(meta, **from_file()).process(None, [wrong.to_dict()])
     with pytest.raises(ValueError, match="pred_instances lacks bboxes"):
         metric_for(meta, **from_file(iou_types=("bbox",))).process(None, [resized.to_dict()])
+    outlines = InstanceData(polygons=torch.zeros(1, 4, 2), labels=torch.tensor([0]), scores=torch.ones(1))
+    with pytest.raises(ValueError, match=r"lacks masks, .*set model\.head\.compose='each'"):
+        metric_for(meta, **from_file()).process(None, [samples[0].new(pred_instances=outlines).to_dict()])
     with pytest.raises(ValueError, match="neither gt_instances nor gt_panoptic"):
         metric_for(meta).process(None, [resized.new(pred_instances=resized.pred_instances).to_dict()])
 

@@ -96,6 +96,14 @@ def test_own_polygons_from_csv_and_json(own, file):
     assert data.metainfo["category_ids"][data.metainfo["classes"].index("car")] == 26
 
 
+def test_polygons_alone_have_no_masks_to_load(own):
+    data = CenterPolyFile(str(own), "own.csv", "images", pipeline=[dict(type="LoadImage"), dict(type="LoadInstances")])
+    with pytest.raises(
+        ValueError, match=r"LoadInstances: the data set of .*one\.png has no masks \(CenterPolyFile has"
+    ):
+        data[0]
+
+
 def test_own_classes_in_an_order_of_ones_own(own):
     data = CenterPolyFile(str(own), "own.json", "images", classes=["car", "cow", "person"])
     assert data.metainfo["classes"] == ("car", "cow", "person") and data.metainfo["category_ids"] == (1, 2, 3)

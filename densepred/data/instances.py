@@ -178,6 +178,7 @@ class LoadInstances(BaseTransform):
 
     Raises:
         DamagedImageError: a mask or id map that cannot be decoded or is not of the photo's size.
+        ValueError: an image whose data set has none of the above.
     """
 
     def transform(self, results: dict) -> dict:
@@ -186,12 +187,17 @@ class LoadInstances(BaseTransform):
         elif "polygon_path" in results:
             masks, labels = draw_masks(results["polygon_path"], results["polygon_table"])
             require_size(masks.shape[1:], results["polygon_path"], results)
-        else:
+        elif "instance_path" in results:
             path = results["instance_path"]
             ids = read_label_map(path)
             require_size(ids.shape, path, results)
             divisor = results.get("instance_divisor", OBJECT_DIVISOR)
             masks, labels = split_instance_ids(ids, results["instance_table"], path, divisor)
+        else:
+            raise ValueError(
+                f"LoadInstances: the data set of {results['img_path']} has no masks (CenterPolyFile has polygons alone): "
+                "leave LoadInstances out of its pipeline, and validate on a data set with masks"
+            )
         results["masks"] = masks  # (N, H, W)
         results["mask_labels"] = np.array(labels, np.int64)  # (N,)
         return results

@@ -250,7 +250,10 @@ class CocoInstance(BaseMetric):
         needed = ["labels", "scores", *({"segm": "masks", "bbox": "bboxes"}[iou_type] for iou_type in self.iou_types)]
         missing = [name for name in needed if name not in prediction]
         if missing:
-            raise ValueError(f"pred_instances lacks {', '.join(missing)}, which iou_types={list(self.iou_types)} needs")
+            remedy = "; set model.head.compose='each'" if "polygons" in prediction else ""
+            raise ValueError(
+                f"pred_instances lacks {', '.join(missing)}, which iou_types={list(self.iou_types)} needs{remedy}"
+            )
         tensors = {name: prediction[name].cpu() for name in needed}
         arrays = {name: (t.double() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
         arrays["category_ids"] = _category_ids(arrays.pop("labels"), self.dataset_meta)
