@@ -70,6 +70,17 @@ def test_a_truncated_file_yields_what_is_there(avi, tmp_path):
     assert 5 <= len(list(VideoSource(cut))) <= 12
 
 
+def test_the_timeout_of_streams_is_none_of_files(avi, monkeypatch):
+    limits = {}
+    monkeypatch.setattr(cv2, "VideoCapture", lambda name, _, given: limits.update({name: given}))
+    open_capture(str(avi), 0.5)
+    open_capture("rtsp://nowhere/stream", 0.5)
+    assert limits == {
+        str(avi): [],
+        "rtsp://nowhere/stream": [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, 500, cv2.CAP_PROP_READ_TIMEOUT_MSEC, 500],
+    }
+
+
 @pytest.mark.parametrize("name, message", [("nowhere.mp4", "no such video"), ("junk.mp4", "cannot be read as a video")])
 def test_unreadable_files_are_refused(tmp_path, name, message, capfd):
     (tmp_path / "junk.mp4").write_bytes(b"junk" * 1000)
@@ -89,8 +100,9 @@ def test_unreachable_sources_are_refused(name, message, capfd):
 def test_an_address_needs_no_file():
     check_source("rtsp://nowhere/stream")
     check_source("0")
-    with pytest.raises(FileNotFoundError, match="no such video"):
-        check_source("stream")
+    for name in ("stream", "²", "9" * 30):  # digits, but of no camera
+        with pytest.raises(FileNotFoundError, match="no such video"):
+            check_source(name)
 
 
 @pytest.mark.parametrize("lengths", [True, False])
@@ -113,6 +125,13 @@ def test_a_stream_is_opened_anew_when_it_ends_or_stalls():
         source = VideoSource(server.url, timeout=2.0)
         assert near(greys(source, 5), [10, 20, 30, 40, 40])
         assert source.record()["reconnects"] == 2
+
+
+def test_the_time_before_the_first_frame_is_asked_for_is_no_silence():
+    with MJPEGServer([[], [jpeg(70)]]) as server:
+        source = VideoSource(server.url, timeout=0.3)
+        time.sleep(0.35)  # a model is loaded, and the camera has given up
+        assert near(greys(source, 1), [70])
 
 
 def test_damaged_pictures_of_a_stream_are_left_out_and_counted():

@@ -1,6 +1,7 @@
 """Where frames come from: files, cameras and network streams."""
 
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -54,9 +55,9 @@ class VideoSource:
         self.size = (0, 0)
         self._counts = dict(frames=0, unreadable=0, reconnects=0, size_changes=0)
         self._closed = threading.Event()
-        self._newest = time.monotonic()
 
     def __iter__(self) -> Iterator[np.ndarray]:
+        self._newest = time.monotonic()  # while a model was loaded, nobody listened
         try:
             while not self._closed.is_set():
                 frame = self._read()
@@ -83,7 +84,8 @@ class VideoSource:
             if ok:
                 self._note(bgr.shape[:2], failures)
                 return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
-            if self._closed.is_set() or not self._capture.isOpened() or time.monotonic() - start > self._timeout / 4:
+            silent = not is_path(self.name) and time.monotonic() - start > self._timeout / 4
+            if silent or self._closed.is_set() or not self._capture.isOpened():
                 return None
         return None
 
@@ -112,12 +114,17 @@ class VideoSource:
 
 def is_camera(name: str) -> bool:
     """Whether a source's name is the number of a camera."""
-    return name.isdigit()
+    return re.fullmatch("[0-9]{1,4}", name) is not None
 
 
 def is_address(name: str) -> bool:
     """Whether a source's name is an address on the network."""
     return name.lower().startswith(SCHEMES)
+
+
+def is_path(name: str) -> bool:
+    """Whether a source's name is the path of a file."""
+    return not is_camera(name) and not is_address(name)
 
 
 def check_source(name: str) -> None:
@@ -126,7 +133,7 @@ def check_source(name: str) -> None:
     Raises:
         FileNotFoundError: a file that is not there.
     """
-    if not is_camera(name) and not is_address(name) and not Path(name).is_file():
+    if is_path(name) and not Path(name).is_file():
         raise FileNotFoundError(
             f"{name}: no such video; name a file, a camera's number, or an address (rtsp://, http://)"
         )
@@ -137,7 +144,7 @@ def open_capture(name: str, timeout: float) -> "cv2.VideoCapture | MJPEGCapture"
 
     Args:
         name: see `VideoSource`.
-        timeout: seconds to wait for a connection, and for each frame of it.
+        timeout: seconds to wait for a connection, and for each frame of it; of addresses alone.
     """
     check_source(name)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -151,7 +158,7 @@ def open_capture(name: str, timeout: float) -> "cv2.VideoCapture | MJPEGCapture"
             return stream
     limit = max(1, round(1000 * timeout))
     limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, limit, cv2.CAP_PROP_READ_TIMEOUT_MSEC, limit]
-    return cv2.VideoCapture(name, cv2.CAP_FFMPEG, limits)
+    return cv2.VideoCapture(name, cv2.CAP_FFMPEG, [] if is_path(name) else limits)
 
 
 def _why_unreadable(name: str) -> str:
