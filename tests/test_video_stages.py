@@ -127,18 +127,22 @@ def test_a_source_that_hangs_is_left_behind():
     hung.set()
 
 
-def test_the_gate_is_asked_before_every_frame_and_its_wait_is_no_time_of_the_video():
-    pauses = iter([0.0, 0.0, 0.4])
-
-    def gate() -> float:
-        seconds = next(pauses, 0.0)
-        time.sleep(seconds)
-        return seconds
-
-    pipeline = Pipeline(paced(5, 0.01), lambda k: k, lambda p, r: time.sleep(0.02), live=False)
-    pipeline.gate = gate
+def test_a_pause_is_no_time_of_the_video():
+    pauses = iter([0.0] * 4 + [0.5])
+    pipeline = Pipeline(paced(10, 0.01), lambda k: k, lambda p, r: time.sleep(0.02), live=False)
+    pipeline.gate = lambda: time.sleep(next(pauses, 0.0))
     record = pipeline.run()
-    assert record["frames"] == 5 and record["fps"] > 4 / 0.35
+    assert record["frames"] == 10 and record["fps"] > 9 / 0.5
+    assert record["latency"]["p95_ms"] < 500  # of the frames that waited meanwhile, too
+
+
+def test_a_frame_waits_only_for_the_part_of_a_pause_that_it_saw():
+    meter = Meter(live=False)
+    meter.skip(1.0, 3.0)
+    meter.skip(3.5, 4.0)
+    for arrived in (0.5, 2.0, 3.25, 5.0):  # before, in the middle of a pause, between two, after both
+        meter.add(Packet(1, arrived, None), 6.0)
+    assert sorted(meter.latency._all) == pytest.approx([1000, 2250, 2500, 3000])
 
 
 def test_times_are_those_of_the_stages():

@@ -103,15 +103,14 @@ class Demo:
             self._sink.write(picture, packet.arrived)
         self._publish(picture)
 
-    def gate(self, stopped: Callable[[], bool]) -> float:
-        """Wait while the video is paused, the same frame redrawn when a switch changes; return the seconds waited."""
-        start, drawn = time.perf_counter(), None
+    def gate(self, stopped: Callable[[], bool]) -> None:
+        """Wait while the video is paused, the same frame redrawn when a switch changes."""
+        drawn = None
         while (switches := self._state.snapshot())["paused"] and not stopped():
             if self._redraw is not None and drawn not in (None, switches):
                 self._publish(self._redraw())
             drawn = switches
             time.sleep(PAUSE_TICK)
-        return time.perf_counter() - start
 
     def _paint(self, rgb: np.ndarray, scene: Scene, colors: list, record: dict) -> np.ndarray:
         switches = self._state.snapshot()

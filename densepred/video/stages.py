@@ -15,6 +15,8 @@ from typing import Any
 STAGES = ("decode", "model", "draw")
 QUEUE_LENGTH = 2
 """Frames between two stages of a file; more would only add latency."""
+IN_FLIGHT = 2 * QUEUE_LENGTH + len(STAGES)
+"""Frames between the source and the picture at most."""
 TICK = 0.03
 """Seconds between two looks of the main thread at keys and signals."""
 
@@ -125,7 +127,9 @@ class Meter:
         self.stages = {name: Series() for name in STAGES}
         self.latency = Series()
         self._first = 0.0
-        self._ends: deque[float] = deque(maxlen=100)
+        self._ends: deque[float] = deque(maxlen=100)  # as if nobody had paused
+        self._pauses: deque[tuple[float, float]] = deque(maxlen=IN_FLIGHT)  # one before every picture
+        self._paused = 0.0
         self._lock = threading.Lock()
 
     def add(self, packet: Packet, end: float) -> None:
@@ -133,16 +137,17 @@ class Meter:
         with self._lock:
             for name, ms in packet.ms.items():
                 self.stages[name].add(ms)
-            self.latency.add(1000 * (end - packet.arrived))
-            self._first = self._first if self.frames else end
-            self._ends.append(end)
+            paused = sum(max(0.0, stop - max(start, packet.arrived)) for start, stop in self._pauses)
+            self.latency.add(1000 * (end - packet.arrived - paused))
+            self._ends.append(end - self._paused)
+            self._first = self._first if self.frames else self._ends[0]
             self.frames += 1
 
-    def skip(self, seconds: float) -> None:
-        """Leave a pause out of the frame rate."""
+    def skip(self, start: float, stop: float) -> None:
+        """Leave a pause out of the frame rate and of the latency of those that waited."""
         with self._lock:
-            self._first += seconds if self._ends else 0.0
-            self._ends = deque((end + seconds for end in self._ends), maxlen=100)
+            self._pauses.append((start, stop))
+            self._paused += stop - start
 
     def record(self, drops: int, whole: bool = False) -> dict:
         """Return the figures of late, or of the whole run, as `densepred.video.state.FrameHub.publish` lists them.
@@ -173,7 +178,7 @@ class Pipeline:
         max_frames: stop after so many drawn frames.
 
     Attributes:
-        gate: waits while the video is paused, and returns the seconds that it waited; called before every drawing.
+        gate: waits while the video is paused; called before every drawing.
     """
 
     def __init__(
@@ -186,7 +191,7 @@ class Pipeline:
     ) -> None:
         self._source, self._model, self._draw = source, model, draw
         self._max_frames = max_frames
-        self.gate: Callable[[], float] | None = None
+        self.gate: Callable[[], None] | None = None
         length = 1 if live else QUEUE_LENGTH
         self._to_model, self._to_draw = Channel(length, newest=live), Channel(length, newest=live)
         self.meter = Meter(live)
@@ -281,7 +286,9 @@ class Pipeline:
     def _paint(self) -> None:
         while True:
             if self.gate is not None:
-                self.meter.skip(self.gate())
+                start = time.perf_counter()
+                self.gate()
+                self.meter.skip(start, time.perf_counter())
             packet = self._to_draw.get()
             if packet is None:
                 return
