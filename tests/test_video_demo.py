@@ -467,6 +467,9 @@ def command(monkeypatch, *words: str) -> str:
         (["--source", "CLIP", "--out", "/proc/none/a.webm"], "/proc/none"),
         (["--source", "CLIP", "--max-frames", "0"], "at least 1"),
         (["--source", "CLIP", "--timeout", "0"], "more than 0 seconds"),
+        (["--source", "CLIP", "--timeout", "inf"], "at most a day"),
+        (["--source", "CLIP", "--score-threshold", "50"], "scores are in 0..1"),
+        (["--source", "OLD", "--out", "OLD"], "this is the source"),
         (["--source", "CLIP", "--opacity", "2"], "opacity is a number in 0..1"),
         (["--source", "CLIP", "--serve", "PORT"], "in use"),
         (["--source", "CLIP"], "other.pth"),
@@ -475,8 +478,9 @@ def command(monkeypatch, *words: str) -> str:
 def test_the_command_refuses_with_one_message(words, message, clip, tmp_path, monkeypatch):
     other = tmp_path / "other.pth"
     write_checkpoint({"state_dict": {"weight": torch.zeros(2)}}, other)
+    old = clip.rename(tmp_path / "old.webm") if "OLD" in words else None
     with MJPEGServer([]) as server:
-        known = {"CLIP": str(clip), "PORT": server.url.split(":")[2].split("/")[0]}
+        known = {"CLIP": str(clip), "OLD": str(old), "PORT": server.url.split(":")[2].split("/")[0]}
         words = [known.get(word, word) for word in words]
         refusal = command(monkeypatch, CONFIG, other, *words)
     assert message in refusal and ("\n" not in refusal or message == "other.pth")
@@ -494,8 +498,8 @@ def test_the_command_writes_a_video_and_its_figures(clip, checkpoint, tmp_path, 
 
 
 def test_the_benchmark_times_a_model_on_a_file(clip, checkpoint):
-    table = benchmark_video(CONFIG, checkpoint, str(clip), None, frames=4, repeats=1)
-    assert "| model " in table and re.search(r"4 frames, 1 repeats; together [\d.]+x", table)
+    table = benchmark_video(CONFIG, checkpoint, str(clip), None, frames=60, repeats=1)
+    assert "| model " in table and re.search(r"\n12 frames, 1 repeats; together [\d.]+x", table)  # it has no more
     with MJPEGServer([[jpeg(1)]]) as server, pytest.raises(ValueError, match="a live source has its own pace"):
         benchmark_video(CONFIG, checkpoint, server.url, None)
 

@@ -209,8 +209,12 @@ def test_the_slowest_stage_sets_the_pace(slowest):
 
 
 def test_benchmark_refuses_what_it_cannot_time():
-    with pytest.raises(ValueError, match="--synthetic takes milliseconds"):
-        benchmark_video(None, None, None, [1.0])
+    for times in ([1.0], [1.0, -1.0, 1.0]):
+        with pytest.raises(ValueError, match="--synthetic takes milliseconds"):
+            benchmark_video(None, None, None, times)
+    for frames, repeats in ((1, 1), (2, 0)):
+        with pytest.raises(ValueError, match="at least 2 frames and 1 repeat"):
+            benchmark_video(None, None, None, [1.0] * 3, frames, repeats)
     with pytest.raises(ValueError, match="name a config"):
         benchmark_video(None, None, "a.mp4", None)
 

@@ -39,18 +39,20 @@ def benchmark_video(
         config, checkpoint, device: see `densepred.inference.load_model`.
         source: a file.
         synthetic: instead of a model and a video: milliseconds that each stage waits.
-        frames: of each pass.
+        frames: of each pass, at most; 2 at least.
         repeats: passes, alone and together in turn; the medians count.
 
     Raises:
-        ValueError: neither a model with a video nor synthetic stages, or not as many numbers as stages; the source is
-            live, or shorter than two frames.
+        ValueError: neither a model with a video nor synthetic stages, or not as many times as stages; a number out of
+            its range; the source is live, or shorter than two frames.
     """
+    if frames < 2 or repeats < 1:
+        raise ValueError(f"--frames {frames} --repeats {repeats}: at least 2 frames and 1 repeat")
     if synthetic is not None:
-        if len(synthetic) != len(STAGES):
-            raise ValueError(f"--synthetic takes milliseconds for {', '.join(STAGES)}, not {len(synthetic)} numbers")
+        if len(synthetic) != len(STAGES) or min(synthetic) < 0:
+            raise ValueError(f"--synthetic takes milliseconds for {', '.join(STAGES)}, not {synthetic}")
         stages = waiting_stages(*(ms / 1000 for ms in synthetic))
-        return report([measure(partial(stages[0], frames), stages[1], stages[2]) for _ in range(repeats)], frames)
+        return report([measure(partial(stages[0], frames), stages[1], stages[2]) for _ in range(repeats)])
     if config is None or source is None:
         raise ValueError("name a config, a checkpoint and --source FILE, or --synthetic DECODE MODEL DRAW")
     return _benchmark_model(config, checkpoint, source, frames, repeats, device)
@@ -75,13 +77,13 @@ def _benchmark_model(
             sink = stack.enter_context(closing(FileSink(folder / f"{k}.webm", video.fps, live=False)))
             demo = Demo(predict, meta, 0.5, OverlayState(), FrameHub(), sink)
             results.append(measure(partial(_frames_of, source, frames), demo.model, demo.draw))
-        return report(results, frames)
+        return report(results)
 
 
 def measure(
     source: Callable[[], Iterable[Any]], model: Callable[[Any], Any], draw: Callable[[Packet, dict], None]
 ) -> dict[str, float]:
-    """Return milliseconds a frame of each stage alone, in one thread, and of all ``together`` in three."""
+    """Return milliseconds a frame of each stage alone, in one thread, and of all ``together`` in three; and ``frames``."""
     start = time.perf_counter()
     frames = list(source())
     if len(frames) < 2:
@@ -98,17 +100,19 @@ def measure(
         draw(packet, record)
     alone["draw"] = time.perf_counter() - start
     together = pipeline.run()
-    return {name: 1000 * s / len(frames) for name, s in alone.items()} | {"together": 1000 / together["fps"]}
+    times = {name: 1000 * seconds / len(frames) for name, seconds in alone.items()}
+    return times | {"together": 1000 / together["fps"], "frames": len(frames)}
 
 
-def report(results: list[dict[str, float]], frames: int) -> str:
+def report(results: list[dict[str, float]]) -> str:
     """Return a table of the medians, and the throughput of all stages over the slowest one's alone."""
     medians = {name: statistics.median(result[name] for result in results) for name in (*STAGES, "together")}
     slowest = max(STAGES, key=lambda name: medians[name])
     rows = [[name, f"{ms:.2f}", f"{1000 / ms:.1f}" if ms > 0 else "-"] for name, ms in medians.items()]
     ratio = statistics.median(max(result[name] for name in STAGES) / result["together"] for result in results)
     table = text_table(["stage", "ms a frame", "fps"], rows)
-    return f"{table}\n{frames} frames, {len(results)} repeats; together {ratio:.3f}x of the slowest alone ({slowest})"
+    frames, repeats = results[0]["frames"], len(results)
+    return f"{table}\n{frames} frames, {repeats} repeats; together {ratio:.3f}x of the slowest alone ({slowest})"
 
 
 def waiting_stages(decode: float, model: float, draw: float) -> tuple[Callable, Callable, Callable]:

@@ -25,6 +25,8 @@ from densepred.video.state import FrameHub, OverlayState
 WINDOW = "densepred"
 PAUSE_TICK = 0.05
 """Seconds between two looks at the switches while the video is paused."""
+DAY = 86_400.0
+"""Seconds."""
 
 
 @dataclass
@@ -42,7 +44,7 @@ class VideoOptions:
         overlay: the switches at the start, see `OverlayState`.
 
     Raises:
-        ValueError: no frame or no time at all.
+        ValueError: a number out of its range, or a video that would be written over itself.
     """
 
     source: str
@@ -57,8 +59,12 @@ class VideoOptions:
     def __post_init__(self) -> None:
         if self.max_frames is not None and self.max_frames < 1:
             raise ValueError(f"--max-frames {self.max_frames}: at least 1; leave it out for all frames")
-        if not self.timeout > 0:
-            raise ValueError(f"--timeout {self.timeout}: more than 0 seconds")
+        if not 0 < self.timeout <= DAY:
+            raise ValueError(f"--timeout {self.timeout}: more than 0 seconds, at most a day ({DAY:g})")
+        if not 0 <= self.score_threshold <= 1:
+            raise ValueError(f"--score-threshold {self.score_threshold}: scores are in 0..1")
+        if self.out is not None and is_same_file(self.out, self.source):
+            raise ValueError(f"--out {self.out}: this is the source, and would be overwritten; choose another name")
 
 
 class Demo:
@@ -254,6 +260,11 @@ def window(demo: Demo, pipeline: Pipeline, state: OverlayState) -> Iterator[Call
         yield tick
     finally:
         cv2.destroyWindow(WINDOW)
+
+
+def is_same_file(path: str | os.PathLike, other: str | os.PathLike) -> bool:
+    """Whether two names lead to the same file, which is there."""
+    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
 def check_display() -> None:
