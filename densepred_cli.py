@@ -11,6 +11,9 @@ from collections.abc import Callable
 ERRORS_OF_USERS = (ValueError, OSError, FloatingPointError)
 """Shown as one message without a stack trace, unless DENSEPRED_TRACEBACK is set."""
 
+INTERRUPTED = 130
+"""The exit status that shells give a program ended by Ctrl-C."""
+
 BOUNDARY = (
     "measure boundary IoU, contours R x the diagonal wide: 0.02, Cityscapes 0.005; beside IoU, of PQ and AP in them"
 )
@@ -400,6 +403,11 @@ def main(command: str | None = None) -> None:
         if os.environ.get("DENSEPRED_TRACEBACK"):
             raise
         sys.exit(f"densepred {command}: {last_message(error)}\n(DENSEPRED_TRACEBACK=1 shows where)")
+    except KeyboardInterrupt:
+        if os.environ.get("DENSEPRED_TRACEBACK"):
+            raise
+        print(f"densepred {command}: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def last_message(error: Exception) -> str:

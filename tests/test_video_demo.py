@@ -20,6 +20,7 @@ import densepred_cli
 from densepred import build_model
 from densepred.engine.checkpoint import write_checkpoint
 from densepred.structures import InstanceData, PanopticMap, SegSample
+from densepred.video import demo as demo_module
 from densepred.video import sink as sink_module
 from densepred.video.benchmark import benchmark_video
 from densepred.video.demo import Demo, VideoOptions, check_display, load_predictor, run_video
@@ -484,6 +485,20 @@ def test_the_command_refuses_with_one_message(words, message, clip, tmp_path, mo
         words = [known.get(word, word) for word in words]
         refusal = command(monkeypatch, CONFIG, other, *words)
     assert message in refusal and ("\n" not in refusal or message == "other.pth")
+
+
+def test_ctrl_c_while_the_model_loads_is_one_line(clip, tmp_path, monkeypatch, capsys):
+    def load(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo_module, "load_predictor", load)
+    words = [CONFIG, "a.pth", "--source", clip, "--out", tmp_path / "out.webm", "--serve", "0"]
+    monkeypatch.setattr(sys, "argv", ["densepred", *map(str, words)])
+    with pytest.raises(SystemExit) as caught:
+        densepred_cli.main("video")
+    assert caught.value.code == 130 and not (tmp_path / "out.webm").exists()
+    assert re.fullmatch(r"live view: http://\S+\ndensepred video: interrupted\n", capsys.readouterr().err)
+    assert "video-server" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_the_command_writes_a_video_and_its_figures(clip, checkpoint, tmp_path, monkeypatch, capsys):
