@@ -389,6 +389,23 @@ def test_a_failing_model_leaves_a_whole_file(clip, tmp_path):
     assert 5 <= len(read_video(tmp_path / "out.webm")[0]) <= 8
 
 
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="no signals in this thread")
+def test_ctrl_c_twice_leaves_a_whole_file(clip, tmp_path):
+    before, calls = signal.getsignal(signal.SIGINT), []
+
+    def predict(rgb: np.ndarray) -> SegSample:
+        calls.append(rgb)
+        if len(calls) > 5:  # some frames are drawn
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.2)
+        return panoptic()
+
+    record = run(VideoSource(clip), predict, out=tmp_path / "out.webm")
+    assert record["end"] == "interrupted" and 1 <= record["frames"] < 12
+    assert len(read_video(tmp_path / "out.webm")[0]) == record["frames"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_stream_without_a_picture_is_no_video():
     with MJPEGServer([[b"junk", 3.0]]) as server, pytest.raises(ValueError, match="not one frame could be read"):
         run(VideoSource(server.url, timeout=0.6))
@@ -534,7 +551,9 @@ def test_ctrl_c_closes_the_file(checkpoint, tmp_path):
         )
         try:
             wait_until(lambda: drawn_frames(port) >= 5 or process.poll() is not None, 240)
-            process.send_signal(signal.SIGINT)
+            for _ in range(3):  # some wrappers pass on what the terminal sends anyway
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.01)
             said, complaint = process.communicate(timeout=60)
         finally:
             process.kill()

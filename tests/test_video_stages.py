@@ -99,12 +99,21 @@ def test_interruption_finishes_the_frame_in_hand():
         finished.append(packet.frame)
 
     def tick() -> None:
-        if len(finished) >= 3:
-            raise KeyboardInterrupt
+        pipeline.interrupted = len(finished) >= 3
 
-    record = Pipeline(paced(), lambda k: k, draw, live=False).run(tick)
+    pipeline = Pipeline(paced(), lambda k: k, draw, live=False)
+    record = pipeline.run(tick)
     assert record["end"] == "interrupted"
     assert begun == finished == list(range(record["frames"]))
+    assert not stage_threads()
+
+
+def test_an_exception_beside_the_stages_ends_them():
+    def tick() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Pipeline(paced(), lambda k: k, lambda p, r: None, live=False).run(tick)
     assert not stage_threads()
 
 
@@ -124,7 +133,11 @@ def test_a_source_that_hangs_is_left_behind():
     start = time.monotonic()
     assert pipeline.run(tick)["end"] == "enough"
     assert time.monotonic() - start < 5
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "decode")
+    assert not thread.daemon  # Python waits for it in the end
     hung.set()
+    thread.join(5)
+    assert not thread.is_alive()
 
 
 def test_a_pause_is_no_time_of_the_video():

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -180,6 +182,7 @@ def run_video(
         demo = Demo(predict, meta, options.score_threshold, state, hub, sink)
         pipeline = Pipeline(source, demo.model, demo.draw, source.live, options.max_frames)
         pipeline.gate = partial(demo.gate, lambda: pipeline.stopped)
+        stack.enter_context(interruptible(pipeline))
         tick = stack.enter_context(window(demo, pipeline, state)) if options.show else None
         if sink is not None:
             stack.callback(sink.close)
@@ -237,6 +240,22 @@ def serving(address: str | None, hub: FrameHub, state: OverlayState) -> Iterator
     finally:
         hub.close()
         server.stop()
+
+
+@contextlib.contextmanager
+def interruptible(pipeline: Pipeline) -> Iterator[None]:
+    """Let Ctrl-C, even pressed twice, end the pipeline and nothing else meanwhile: what is written is closed in peace.
+
+    Only the main thread hears of Ctrl-C; in others this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: setattr(pipeline, "interrupted", True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -179,6 +179,7 @@ class Pipeline:
 
     Attributes:
         gate: waits while the video is paused; called before every drawing.
+        interrupted: true ends the stages; unlike `stop`, a signal's handler may set it.
     """
 
     def __init__(
@@ -192,6 +193,7 @@ class Pipeline:
         self._source, self._model, self._draw = source, model, draw
         self._max_frames = max_frames
         self.gate: Callable[[], None] | None = None
+        self.interrupted = False
         length = 1 if live else QUEUE_LENGTH
         self._to_model, self._to_draw = Channel(length, newest=live), Channel(length, newest=live)
         self.meter = Meter(live)
@@ -219,7 +221,7 @@ class Pipeline:
     def run(self, tick: Callable[[], None] | None = None) -> dict:
         """Run the stages to the end and return the figures of the whole run, with ``end``: why it ended.
 
-        Ctrl-C ends them as `stop` does. A decoder that hangs in a dead source is left behind after a second.
+        A decoder that hangs in a dead source is left behind after a second; its thread ends when the source gives up.
 
         Args:
             tick: called in this thread several times a second.
@@ -228,19 +230,19 @@ class Pipeline:
             StageError: a stage failed.
         """
         works = dict(decode=self._decode, model=self._infer, draw=self._paint)
+        # No daemons: one that comes back from OpenCV while Python ends would abort the program.
         threads = {
-            name: threading.Thread(target=self._guard, args=(name, work), name=name, daemon=True)
-            for name, work in works.items()
+            name: threading.Thread(target=self._guard, args=(name, work), name=name) for name, work in works.items()
         }
         for thread in threads.values():
             thread.start()
         try:
             while threads["draw"].is_alive():
                 threads["draw"].join(TICK)
+                if self.interrupted:
+                    self.stop("interrupted")
                 if tick is not None and not self.stopped:
                     tick()
-        except KeyboardInterrupt:
-            self.stop("interrupted")
         finally:
             self.stop("the source ended")
             threads["draw"].join()
