@@ -102,6 +102,21 @@ class Stream:
         self.socket.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hurry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let the page ask, and the server wait for it, in shorter intervals."""
+    page = PAGE.read_text(encoding="utf-8")
+    for usual, short in (("POLL = 500,", "POLL = 100,"), ("RESTART = 2000;", "RESTART = 500;")):
+        assert usual in page
+        page = page.replace(usual, short)
+    path = tmp_path_factory.mktemp("page") / PAGE.name
+    path.write_text(page, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server_module, "PAGE", path)
+        patch.setattr(server_module, "LINGER", 0.6)
+        yield
+
+
 @pytest.fixture
 def site() -> Iterator[Site]:
     site = Site()
@@ -202,7 +217,7 @@ def test_page_loads_nothing_from_outside_and_its_policy_allows_just_its_own_bloc
     page = data.decode()
     assert status == 200
     assert headers["Content-Type"] == "text/html; charset=utf-8"
-    assert page == PAGE.read_text(encoding="utf-8")
+    assert page == server_module.PAGE.read_text(encoding="utf-8")
     assert re.findall(r"https?://[^\"' ]+|(?:src|href)=\"[^\"]*\"|@import|url\(", page) == [
         'href="/stream.mjpg"',
         "http://www.w3.org/2000/svg",  # a name, not an address
