@@ -260,6 +260,21 @@ def test_files_hold_every_frame(name, tmp_path, monkeypatch, capfd):
     assert b"V_VP9" in codec if path.suffix == ".webm" else b"ftyp" in codec
 
 
+@needs_pyav
+@pytest.mark.parametrize("ending", [".webm", ".mp4"])
+def test_pictures_stay_sharp_at_a_low_rate(ending, tmp_path):
+    """Of a slide show every frame is a new scene, for which a bit rate reckoned by the second leaves nothing."""
+    rng = np.random.default_rng(0)
+    scenes = [np.kron(rng.integers(0, 255, (24, 32, 1)), np.ones((4, 4, 3))).astype(np.uint8) for _ in range(6)]
+    sink = FileSink(tmp_path / f"a{ending}", 1, live=False)
+    for scene in scenes:
+        sink.write(scene, 0.0)
+    sink.close()
+    found = read_video(tmp_path / f"a{ending}")[0]
+    errors = [np.abs(frame.astype(float) - scene).mean() for frame, scene in zip(found, scenes, strict=True)]
+    assert max(errors) < 10
+
+
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def test_a_browser_plays_the_files(tmp_path, monkeypatch):
     names = ["a.webm", "opencv.webm"] + ["a.mp4"] * has_pyav()

@@ -14,14 +14,12 @@ import cv2
 import numpy as np
 
 ENCODERS = {
-    ".webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "row-mt": "1"}),
+    ".webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "row-mt": "1", "crf": "34", "b": "0"}),
     ".mp4": ("libx264", {"preset": "veryfast", "tune": "zerolatency", "crf": "23"}),
 }
-"""PyAV's, by the file's ending."""
+"""PyAV's, by the file's ending: of a constant quality, which a bit rate would not give at scene changes."""
 TICKS = 90_000
 """Of PyAV's time stamps, a second."""
-BITS_PER_PIXEL = 0.1
-"""Of VP9, a frame."""
 
 
 class OpenCVSink:
@@ -66,8 +64,6 @@ class PyAVSink:
         self._stream.height, self._stream.width = size
         self._stream.pix_fmt = "yuv420p"
         self._stream.codec_context.time_base = Fraction(1, TICKS)
-        if path.suffix.lower() == ".webm":
-            self._stream.bit_rate = round(BITS_PER_PIXEL * size[0] * size[1] * fps)
         self._newest = -1
 
     def write(self, rgb: np.ndarray, seconds: float) -> None:
