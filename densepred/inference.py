@@ -48,9 +48,10 @@ def load_model(
 
     Raises:
         ConfigError: an unknown key, a wrong type, a name that is not registered.
-        FileNotFoundError, ValueError: the checkpoint cannot be read or does not fit the model exactly; or the classes do
-            not fit the head.
+        FileNotFoundError, ValueError: the checkpoint cannot be read or does not fit the model exactly; the classes do
+            not fit the head; the device is none of this machine's.
     """
+    require_device(device)
     model = build_model(config, cfg_options)
     dataset = _resolved(config, cfg_options)["test_dataloader"]["dataset"]
     trained_on = load_trained(model, checkpoint) if checkpoint is not None else None
@@ -59,6 +60,19 @@ def load_model(
     steps = [step for step in dataset["pipeline"] if not step["type"].startswith("Load")]
     model.test_pipeline = Compose([TRANSFORMS.build(step) for step in steps])
     return model.to(device).eval()
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that this machine or this PyTorch has not.
+
+    Raises:
+        ValueError: it has not.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]  # PyTorch goes on with all it knows
+        raise ValueError(f"device {device!r} cannot be used: {reason}; 'cpu' is always there") from None
 
 
 def _resolved(config: PathLike | Config, cfg_options: dict[str, Any] | None) -> dict:

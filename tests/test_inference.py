@@ -55,6 +55,13 @@ def test_model_is_loaded_for_evaluation_with_the_classes_of_its_checkpoint(model
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "xla"])
+def test_a_device_that_is_not_there_is_refused_in_one_line(device, options):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used: .*'cpu' is always there") as caught:
+        load_model(SHAPES_CONFIG, None, device, options)
+    assert "\n" not in str(caught.value)
+
+
 def test_classes_come_from_the_data_set_where_the_checkpoint_tells_none(written, options, tmp_path):
     weights = torch.load(written, weights_only=True)["state_dict"]
     write_checkpoint({"state_dict": weights}, tmp_path / "bare.pth")
