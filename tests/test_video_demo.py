@@ -26,6 +26,7 @@ from densepred.video.benchmark import benchmark_video
 from densepred.video.demo import Demo, VideoOptions, check_display, load_predictor, run_video
 from densepred.video.overlay import Painter, draw_timings, write
 from densepred.video.scene import make_scene
+from densepred.video.server import VideoServer
 from densepred.video.sink import FileSink, check_out, has_pyav, letter_box
 from densepred.video.source import VideoSource
 from densepred.video.stages import Meter, Packet, StageError
@@ -533,6 +534,22 @@ def test_ctrl_c_while_the_model_loads_is_one_line(clip, tmp_path, monkeypatch, c
     assert "video-server" not in {thread.name for thread in threading.enumerate()}
 
 
+def test_the_figures_are_out_before_the_server_waits_for_its_pages(clip, checkpoint, tmp_path, monkeypatch, capsys):
+    whole = VideoServer.stop
+
+    def stop(server: VideoServer) -> None:
+        whole(server)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VideoServer, "stop", stop)
+    out = tmp_path / "out.webm"
+    words = [CONFIG, checkpoint, "--source", clip, "--out", out, "--max-frames", "2", "--serve", "0"]
+    monkeypatch.setattr(sys, "argv", ["densepred", *map(str, words)])
+    with pytest.raises(SystemExit):
+        densepred_cli.main("video")
+    assert json.loads(capsys.readouterr().out) == json.loads(out.with_suffix(".json").read_text())
+
+
 def test_the_command_writes_a_video_and_its_figures(clip, checkpoint, tmp_path, monkeypatch, capsys):
     out = tmp_path / "runs" / "out.webm"
     words = [CONFIG, checkpoint, "--source", clip, "--out", out, "--max-frames", "4"]
@@ -566,9 +583,7 @@ def test_ctrl_c_closes_the_file(checkpoint, tmp_path):
         )
         try:
             wait_until(lambda: drawn_frames(port) >= 5 or process.poll() is not None, 240)
-            for _ in range(3):  # some wrappers pass on what the terminal sends anyway
-                process.send_signal(signal.SIGINT)
-                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
             said, complaint = process.communicate(timeout=60)
         finally:
             process.kill()

@@ -218,10 +218,10 @@ def run_demo(
     with serving(options.serve, hub, state):  # before the model: a port in use should not take its time to say so
         predict, meta = load_predictor(config, checkpoint, device, cfg_options)
         record = run_video(predict, meta, source, options, state, hub)
-    text = json.dumps(dict(config=os.fspath(config), device=device, **record), indent=1)
-    print(text)
-    if options.out is not None:
-        Path(options.out).with_suffix(".json").write_text(text + "\n")
+        text = json.dumps(dict(config=os.fspath(config), device=device, **record), indent=1)
+        print(text, flush=True)  # before the server waits for its pages
+        if options.out is not None:
+            Path(options.out).with_suffix(".json").write_text(text + "\n")
 
 
 @contextlib.contextmanager
