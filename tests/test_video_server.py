@@ -405,11 +405,19 @@ def test_too_many_viewers_are_refused(site: Site, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture(scope="module")
-def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     if reason := missing():
         pytest.skip(reason)
     with browser(tmp_path_factory.mktemp("profile")) as window:
         yield window
+
+
+@pytest.fixture
+def window(site: Site, started: Browser) -> Iterator[Browser]:
+    """The browser, which leaves the page before the site ends: it would complain in the next test."""
+    yield started
+    started.open("about:blank")
+    started.complaints()
 
 
 PIXEL = """
