@@ -8,6 +8,8 @@ import pytest
 import torch
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is first imported
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 ROOT = Path(__file__).parents[1]
 

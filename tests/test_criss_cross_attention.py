@@ -180,6 +180,3 @@ def test_errors_name_what_is_wrong(monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             op(*arguments)
-    monkeypatch.setenv("DENSEPRED_OPS_BACKEND", "abacus")
-    with pytest.raises(ValueError, match=r"DENSEPRED_OPS_BACKEND='abacus'.*eager"):
-        criss_cross_attention(q, k, v)

@@ -111,6 +111,3 @@ def test_memory_holds_no_one_hot_matrix():
 def test_errors_name_what_is_wrong(monkeypatch):
     with pytest.raises(ValueError, match=r"\(1, 3, 4, 5\).*\(1, 6, 5, 4\)"):
         kmeans_attention(torch.randn(1, 3, 4, 5), torch.randn(1, 6, 5, 4))
-    monkeypatch.setenv("DENSEPRED_OPS_BACKEND", "abacus")
-    with pytest.raises(ValueError, match=r"DENSEPRED_OPS_BACKEND='abacus'.*eager"):
-        kmeans_attention(torch.randn(1, 3, 4, 5), torch.randn(1, 6, 4, 5))

@@ -297,12 +297,6 @@ def test_errors_name_what_is_wrong(change, message):
         modulated_deform_conv2d(**(problem() | GRID | change))
 
 
-def test_unknown_backend(monkeypatch):
-    monkeypatch.setenv("DENSEPRED_OPS_BACKEND", "abacus")
-    with pytest.raises(ValueError, match=r"DENSEPRED_OPS_BACKEND='abacus'.*eager"):
-        modulated_deform_conv2d(**problem(), **GRID)
-
-
 def test_the_module_refuses_groups_that_do_not_divide():
     with pytest.raises(ValueError, match=r"groups=4 must divide in_channels=6"):
         ModulatedDeformConv2d(6, 8, groups=4)

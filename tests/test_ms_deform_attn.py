@@ -241,6 +241,3 @@ def test_errors_name_what_is_wrong(monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             ms_deform_attn(*arguments)
-    monkeypatch.setenv("DENSEPRED_OPS_BACKEND", "abacus")
-    with pytest.raises(ValueError, match=r"DENSEPRED_OPS_BACKEND='abacus'.*eager"):
-        ms_deform_attn(value, shapes, starts, locations, weights)

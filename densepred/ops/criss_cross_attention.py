@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from densepred.ops.backend import backend_name
+from densepred.ops.precision import sum_dtype
 
 _BLOCK = {"cpu": 1 << 18}
 """Weights held at a time, by device: what a core's cache takes. Elsewhere what keeps the device busy."""
@@ -63,7 +63,7 @@ def _energies(query: Tensor, key: Tensor, own_key: bool) -> Tensor:
 
 
 def _merge_lines(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = _sum_dtype(q, k, v)
+    dtype = sum_dtype(q, k, v)
     query, key, value = (_pixels_last(maps, dtype) for maps in (q, k, v))
     out, total = torch.empty_like(value), value.new_full((*value.shape[:-1], 1), -torch.inf)
     for own_key, (q_line, k_line, v_line, o_line, l_line) in _blocks(query, key, value, out, total):
@@ -99,13 +99,6 @@ def _merge_lines_backward(
     return tuple(part.movedim(-1, 1).to(maps.dtype) for part, maps in zip(grads, inputs, strict=True))
 
 
-def _sum_dtype(*tensors: Tensor) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
 class Backend(NamedTuple):
     """The two halves of one implementation, for maps of two and of three axes; all maps that it returns are channels-last.
 
@@ -119,14 +112,13 @@ class Backend(NamedTuple):
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-BACKENDS: dict[str, Backend] = {"eager": Backend(_merge_lines, _merge_lines_backward)}
-"""Implementations by the names that the environment variable ``DENSEPRED_OPS_BACKEND`` may take."""
+_EAGER = Backend(_merge_lines, _merge_lines_backward)
 
 
 @torch.library.custom_op("densepred::criss_cross_attention", mutates_args=())
 def _criss_cross_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     with torch.autocast(v.device.type, enabled=False):
-        return BACKENDS[backend_name(BACKENDS, v.device)].forward(q, k, v)
+        return _EAGER.forward(q, k, v)
 
 
 @torch.library.custom_op("densepred::criss_cross_attention_backward", mutates_args=())
@@ -134,13 +126,13 @@ def _criss_cross_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(v.device.type, enabled=False):
-        return BACKENDS[backend_name(BACKENDS, v.device)].backward(grad, q, k, v, out, log_sum)
+        return _EAGER.backward(grad, q, k, v, out, log_sum)
 
 
 @_criss_cross_attention.register_fake
 def _output_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(v, memory_format=_layout(v)), v.new_empty(
-        (v.shape[0], *v.shape[2:]), dtype=_sum_dtype(q, k, v)
+        (v.shape[0], *v.shape[2:]), dtype=sum_dtype(q, k, v)
     )
 
 
@@ -177,7 +169,7 @@ def criss_cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (B, Cv, H, W) in the dtype of ``v``, channels-last in memory, without the residual and the factor of CCNet's module.
 
     Raises:
-        ValueError: shapes that disagree, or ``DENSEPRED_OPS_BACKEND`` names an unknown backend.
+        ValueError: shapes that disagree.
     """
     _check_shapes("criss_cross_attention", "H, W", q, k, v)
     return _attend(q, k, v)
@@ -219,4 +211,4 @@ def _check_shapes(name: str, axes: str, q: Tensor, k: Tensor, v: Tensor) -> None
         )
 
 
-__all__ = ["BACKENDS", "Backend", "criss_cross_attention", "criss_cross_attention_3d"]
+__all__ = ["Backend", "criss_cross_attention", "criss_cross_attention_3d"]

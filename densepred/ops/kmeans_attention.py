@@ -4,12 +4,10 @@ Every pixel belongs to the query with its largest mask logit; a query's update i
 pixels (textbook k-means takes the mean). The (B, Q, P) one-hot matrix of that assignment is never built.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from densepred.ops.backend import backend_name
+from densepred.ops.precision import sum_dtype
 
 
 def _assign_and_sum(pixel_value: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,23 +15,19 @@ def _assign_and_sum(pixel_value: Tensor, mask_logits: Tensor) -> tuple[Tensor, T
     # `max` names the first of equal maxima, as `argmax` does, and is twice as fast on the CPU.
     assignment = mask_logits.max(dim=1).indices  # (B, ...)
     index = assignment.flatten(1)[:, None].expand(-1, depth, -1)  # (B, D, P)
-    sums = pixel_value.new_zeros((batch, depth, mask_logits.shape[1]), dtype=_sum_dtype(pixel_value.dtype))
+    sums = pixel_value.new_zeros((batch, depth, mask_logits.shape[1]), dtype=sum_dtype(pixel_value))
     return sums.scatter_add_(2, index, pixel_value.flatten(2).to(sums.dtype)), assignment  # (B, D, Q)
-
-
-BACKENDS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {"eager": _assign_and_sum}
-"""Implementations by the names that the environment variable ``DENSEPRED_OPS_BACKEND`` may take."""
 
 
 @torch.library.custom_op("densepred::kmeans_attention", mutates_args=())
 def _kmeans_attention(pixel_value: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor]:
-    return BACKENDS[backend_name(BACKENDS, pixel_value.device)](pixel_value, mask_logits)
+    return _assign_and_sum(pixel_value, mask_logits)
 
 
 @_kmeans_attention.register_fake
 def _shapes(pixel_value: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor]:
     batch, depth = pixel_value.shape[:2]
-    sums = pixel_value.new_empty((batch, depth, mask_logits.shape[1]), dtype=_sum_dtype(pixel_value.dtype))
+    sums = pixel_value.new_empty((batch, depth, mask_logits.shape[1]), dtype=sum_dtype(pixel_value))
     assignment = mask_logits.new_empty((batch, *mask_logits.shape[2:]), dtype=torch.int64)
     return sums, assignment
 
@@ -65,7 +59,7 @@ def kmeans_attention(pixel_value: Tensor, mask_logits: Tensor) -> tuple[Tensor, 
         assignment (B, H, W) or (B, P) int64, the lowest query index where logits tie.
 
     Raises:
-        ValueError: the two do not lie over the same pixels, or ``DENSEPRED_OPS_BACKEND`` names an unknown backend.
+        ValueError: the two do not lie over the same pixels.
     """
     pixels, logits = tuple(pixel_value.shape), tuple(mask_logits.shape)
     if (pixels[0], *pixels[2:]) != (logits[0], *logits[2:]):
@@ -75,8 +69,4 @@ def kmeans_attention(pixel_value: Tensor, mask_logits: Tensor) -> tuple[Tensor, 
     return _kmeans_attention(pixel_value, mask_logits)
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-__all__ = ["BACKENDS", "kmeans_attention"]
+__all__ = ["kmeans_attention"]

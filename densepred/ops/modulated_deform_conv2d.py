@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from densepred.ops.backend import backend_name
+from densepred.ops.precision import sum_dtype
 
 _BLOCK = {"cpu": 1 << 20}
 """Numbers of columns held at a time: fewer cost more calls, more leave the caches. Elsewhere what keeps the device busy."""
@@ -143,7 +143,7 @@ def _matrices(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
 def _sample_and_multiply(
     x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None, grid: _Grid
 ) -> Tensor:
-    dtype = _sum_dtype(x, offset, mask, weight)
+    dtype = sum_dtype(x, offset, mask, weight)
     batch, channels, *size = x.shape
     outputs, _, *kernel = weight.shape
     count = kernel[0] * kernel[1]
@@ -166,7 +166,7 @@ def _sample_and_multiply_backward(
     grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, grid: _Grid
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = (x, offset, mask, weight)
-    dtype = _sum_dtype(*inputs)
+    dtype = sum_dtype(*inputs)
     batch, channels, *size = x.shape
     outputs, _, *kernel = weight.shape
     count, groups, deform_groups = kernel[0] * kernel[1], grid.groups, grid.deform_groups
@@ -235,13 +235,6 @@ def _dots(columns: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     return dots.view(rows.shape)
 
 
-def _sum_dtype(*tensors: Tensor) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
 class Backend(NamedTuple):
     """The two halves of one implementation; the grid is (stride, padding, dilation, groups, deform_groups).
 
@@ -254,8 +247,7 @@ class Backend(NamedTuple):
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, _Grid], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
-BACKENDS: dict[str, Backend] = {"eager": Backend(_sample_and_multiply, _sample_and_multiply_backward)}
-"""Implementations by the names that the environment variable ``DENSEPRED_OPS_BACKEND`` may take."""
+_EAGER = Backend(_sample_and_multiply, _sample_and_multiply_backward)
 
 
 @torch.library.custom_op("densepred::modulated_deform_conv2d", mutates_args=())
@@ -272,7 +264,7 @@ def _modulated_deform_conv2d(
     deform_groups: int,
 ) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        implementation = BACKENDS[backend_name(BACKENDS, x.device)]
+        implementation = _EAGER
         grid = _Grid(stride, padding, dilation, groups, deform_groups)
         return implementation.forward(x, offset, mask, weight, bias, grid)
 
@@ -291,7 +283,7 @@ def _modulated_deform_conv2d_backward(
     deform_groups: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        implementation = BACKENDS[backend_name(BACKENDS, x.device)]
+        implementation = _EAGER
         grid = _Grid(stride, padding, dilation, groups, deform_groups)
         return implementation.backward(grad, x, offset, mask, weight, grid)
 
@@ -360,7 +352,7 @@ def modulated_deform_conv2d(
         (B, O, h, w) in the dtype of ``x``, channels-last in memory.
 
     Raises:
-        ValueError: shapes that disagree, or ``DENSEPRED_OPS_BACKEND`` names an unknown backend.
+        ValueError: shapes that disagree.
     """
     stride, padding, dilation = (_pair(number) for number in (stride, padding, dilation))
     grid = _Grid(stride, padding, dilation, groups, deform_groups)
@@ -467,4 +459,4 @@ class ModulatedDeformConv2d(nn.Module):
         return modulated_deform_conv2d(x, offset, mask, self.weight, self.bias, *self.grid)
 
 
-__all__ = ["BACKENDS", "Backend", "ModulatedDeformConv2d", "modulated_deform_conv2d"]
+__all__ = ["Backend", "ModulatedDeformConv2d", "modulated_deform_conv2d"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from densepred.ops.backend import backend_name
+from densepred.ops.precision import sum_dtype
 
 
 class _Axis(NamedTuple):
@@ -113,7 +113,7 @@ def _sum_bags(
     queries, samples, points = weights.shape[1], weights.shape[3:].numel(), weights.shape[4]
     if not value.numel() or not weights.numel():
         return value.new_zeros(batch, queries, heads * depth)
-    dtype = _sum_dtype(value, sampling_locations, weights)
+    dtype = sum_dtype(value, sampling_locations, weights)
     rows, down, across = _sample(
         sampling_locations.to(dtype), _table(value, spatial_shapes, level_start_index, points, dtype)
     )
@@ -147,7 +147,7 @@ def _sum_bags_backward(
     if not value.numel() or not weights.numel():
         return tuple(tensor.new_zeros(tensor.shape) for tensor in inputs)
     heads, samples, points = value.shape[2], weights.shape[3:].numel(), weights.shape[4]
-    dtype = _sum_dtype(*inputs)
+    dtype = sum_dtype(*inputs)
     placed = _table(value, spatial_shapes, level_start_index, points, dtype)
     corners, down, across = _sample(sampling_locations.to(dtype), placed)
     slopes = [tuple(map(_slope, distances)) for distances in (down, across)]
@@ -193,13 +193,6 @@ def _dots(grad: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     return dots.view(rows.shape)
 
 
-def _sum_dtype(*tensors: Tensor) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
 class Backend(NamedTuple):
     """The two halves of one implementation, called with the arguments of the op; the backward's first is its gradient."""
 
@@ -207,8 +200,7 @@ class Backend(NamedTuple):
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-BACKENDS: dict[str, Backend] = {"eager": Backend(_sum_bags, _sum_bags_backward)}
-"""Implementations by the names that the environment variable ``DENSEPRED_OPS_BACKEND`` may take."""
+_EAGER = Backend(_sum_bags, _sum_bags_backward)
 
 
 @torch.library.custom_op("densepred::ms_deform_attn", mutates_args=())
@@ -220,7 +212,7 @@ def _ms_deform_attn(
     attention_weights: Tensor,
 ) -> Tensor:
     _check_levels(value.shape[1], spatial_shapes, level_start_index)
-    implementation = BACKENDS[backend_name(BACKENDS, value.device)]
+    implementation = _EAGER
     return implementation.forward(
         value, spatial_shapes, level_start_index, sampling_locations, attention_weights
     )  # (B, Q, heads * D)
@@ -235,7 +227,7 @@ def _ms_deform_attn_backward(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    implementation = BACKENDS[backend_name(BACKENDS, value.device)]
+    implementation = _EAGER
     return implementation.backward(
         grad, value, spatial_shapes, level_start_index, sampling_locations, attention_weights
     )
@@ -289,7 +281,7 @@ def ms_deform_attn(
 
     Raises:
         ValueError: shapes that disagree, levels that do not lie within `value` (looked at where the two small tensors
-            are on the CPU: elsewhere it would stop the device), or ``DENSEPRED_OPS_BACKEND`` names an unknown backend.
+            are on the CPU: elsewhere it would stop the device).
     """
     _check_shapes(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     return _ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
@@ -328,4 +320,4 @@ def _check_levels(pixels: int, shapes: Tensor, starts: Tensor) -> None:
             )
 
 
-__all__ = ["BACKENDS", "Backend", "ms_deform_attn"]
+__all__ = ["Backend", "ms_deform_attn"]

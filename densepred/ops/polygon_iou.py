@@ -16,7 +16,6 @@ everything, polygons that cross themselves and either direction of the vertices 
 Letters: N pairs, V and W vertices, E = V + W edges of a pair, numbered by the vertex where they start.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -24,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densepred.ops.backend import backend_name
 from densepred.ops.precision import upcast
 
 SLANT = 0.7548776662466927
@@ -141,6 +139,10 @@ def _moments(at: Tensor, below: Tensor, counted: Tensor, columns: Tensor) -> Ten
 
 
 def _areas(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the areas (N, 3) of a, of b and of their symmetric difference, and their derivatives (N, 2, E, 2).
+
+    The derivatives are those of the own area and those of the difference, by the vertices of a, then of b.
+    """
     split, plan = a.shape[1], _plan(a.shape[1], b.shape[1], a.dtype, a.device)
     vertices = torch.cat([a, b], 1).permute(2, 1, 0)  # (2, E, N)
     start = torch.stack([vertices[0] + SLANT * vertices[1], vertices[1]])
@@ -167,18 +169,10 @@ def _areas(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return areas, slopes.contiguous()
 
 
-BACKENDS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {"eager": _areas}
-"""Implementations by the names that the environment variable ``DENSEPRED_OPS_BACKEND`` may take.
-
-(a (N, V, 2), b (N, W, 2)) -> the areas (N, 3) of a, of b and of their symmetric difference, and their derivatives
-(N, 2, E, 2): those of the own area and those of the difference, by the vertices of a, then of b.
-"""
-
-
 @torch.library.custom_op("densepred::polygon_areas", mutates_args=())
 def _polygon_areas(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     with torch.autocast(a.device.type, enabled=False):
-        return BACKENDS[backend_name(BACKENDS, a.device)](a, b)
+        return _areas(a, b)
 
 
 @_polygon_areas.register_fake

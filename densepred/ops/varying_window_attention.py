@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from densepred.ops.backend import backend_name
+from densepred.ops.precision import sum_dtype
 
 MOST_SCORES = {"cpu": 2**18, "cuda": 2**25}
 """Attention scores that are held at a time: what a core's cache holds, and what a GPU does at once."""
@@ -130,7 +130,7 @@ def _chunks(queries: Tensor, keys: Tensor) -> list[tuple[slice, slice]]:
 
 def _weights(queries: Tensor, keys: Tensor) -> Tensor:
     scores = torch.bmm(queries, keys.transpose(1, 2))  # (N, Q, P)
-    return scores.to(_sum_dtype(scores.dtype)).softmax(-1)
+    return scores.to(sum_dtype(scores)).softmax(-1)
 
 
 def _indices(phase: _Phase, device: torch.device) -> Tensor:
@@ -184,7 +184,7 @@ def _attend(
 def _attend_backward(
     grad: Tensor, query: Tensor, context: Tensor, weight: Tensor, bias: Tensor, layout: _Layout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype, scale = _sum_dtype(query.dtype), _scale(query, layout)
+    dtype, scale = sum_dtype(query), _scale(query, layout)
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     grad_context = functional.pad(torch.zeros_like(context, dtype=dtype), (0, 1, 0, 1))
     grad_weight, grad_bias = (torch.zeros_like(tensor, dtype=dtype) for tensor in (weight, bias))
@@ -217,7 +217,7 @@ def _attend_backward(
 
 def _softmax_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of keys and values (N, P, d); that of the queries (N, Q, d) takes the queries' place."""
-    dtype = _sum_dtype(q.dtype)
+    dtype = sum_dtype(q)
     grad_k, grad_v = (torch.zeros_like(x, dtype=dtype) for x in (k, v))
     for n, part in _chunks(q, k):
         weights, g, queries = _weights(q[n, part], k[n]), grad[n, part], q[n, part]
@@ -233,10 +233,6 @@ def _scale(query: Tensor, layout: _Layout) -> float:
     return (query.shape[-1] // layout.heads) ** -0.5
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 class Backend(NamedTuple):
     """The two halves of one implementation; the backward's first argument is its gradient."""
 
@@ -244,8 +240,7 @@ class Backend(NamedTuple):
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, _Layout], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
-BACKENDS: dict[str, Backend] = {"eager": Backend(_attend, _attend_backward)}
-"""Implementations by the names that the environment variable ``DENSEPRED_OPS_BACKEND`` may take."""
+_EAGER = Backend(_attend, _attend_backward)
 
 
 def _layout(query: Tensor, heads: int, ratio: list[int], windows: list[int]) -> _Layout:
@@ -257,7 +252,7 @@ def _layout(query: Tensor, heads: int, ratio: list[int], windows: list[int]) -> 
 def _varying_window_attention(
     query: Tensor, context: Tensor, weight: Tensor, bias: Tensor, heads: int, ratio: list[int], windows: list[int]
 ) -> Tensor:
-    backend = BACKENDS[backend_name(BACKENDS, query.device)]
+    backend = _EAGER
     with torch.autocast(query.device.type, enabled=False):
         return backend.forward(query, context, weight, bias, _layout(query, heads, ratio, windows))
 
@@ -273,7 +268,7 @@ def _varying_window_attention_backward(
     ratio: list[int],
     windows: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backend = BACKENDS[backend_name(BACKENDS, query.device)]
+    backend = _EAGER
     with torch.autocast(query.device.type, enabled=False):
         return backend.backward(grad, query, context, weight, bias, _layout(query, heads, ratio, windows))
 
@@ -332,7 +327,7 @@ def varying_window_attention(
         (B, C, h, w), before any output projection; channels-last in memory.
 
     Raises:
-        ValueError: shapes that disagree, or ``DENSEPRED_OPS_BACKEND`` names an unknown backend.
+        ValueError: shapes that disagree.
     """
     _check_shapes(query, context, weight, bias, num_heads, ratio, windows)
     context, weight, bias = (tensor.to(query.dtype) for tensor in (context, weight, bias))
@@ -378,4 +373,4 @@ def _check_shapes(
             )
 
 
-__all__ = ["BACKENDS", "Backend", "varying_window_attention"]
+__all__ = ["Backend", "varying_window_attention"]
