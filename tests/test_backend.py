@@ -15,10 +15,12 @@ ELSEWHERE = torch.ones(2, device="meta")
 @pytest.fixture(autouse=True)
 def afresh(monkeypatch):
     monkeypatch.delenv("DENSEPRED_OPS", raising=False)
-    for cached in (backend.obstacle, backend._log_once):
-        cached.cache_clear()
+    cached = (backend.obstacle, backend._log_once)
+    for function in cached:
+        function.cache_clear()
     yield
-    backend.obstacle.cache_clear()
+    for function in cached:
+        function.cache_clear()
 
 
 def test_a_cpu_is_eager_unless_told(monkeypatch):
