@@ -25,7 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from densepred.engine.benchmark_ops import CASES, _run, _slope
+from densepred.engine.benchmark_ops import run_case, output_slope
+from densepred.engine.op_cases import CASES
 from densepred.ops import backend
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
@@ -111,9 +112,9 @@ def main() -> None:
             for case in [case for case in CASES if case.op == options.op][: options.cases]:
                 arguments = case.inputs(torch.Generator().manual_seed(0))
                 arguments = [a.to(dtype) if a.is_floating_point() else a for a in arguments]
-                out = _run(case.ours, arguments, case.trained, None)[0]
+                out = run_case(case.ours, arguments, case.trained, None)[0]
                 if case.trained:
-                    _run(case.ours, arguments, case.trained, _slope(out))
+                    run_case(case.ours, arguments, case.trained, output_slope(out))
 
 
 if __name__ == "__main__":

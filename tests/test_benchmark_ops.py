@@ -7,23 +7,19 @@ import pytest
 import torch
 
 from densepred.engine import benchmark_ops
-from densepred.engine.benchmark_ops import (
-    CASES,
-    OpCase,
+from densepred.engine.benchmark_ops import benchmark_ops as table_of
+from densepred.engine.benchmark_ops import measure, peak_bytes
+from densepred.engine.op_cases import CASES, OpCase
+from densepred.engine.op_cases.criss_cross_attention import (
     criss_cross_by_bmm,
     criss_cross_by_einsum,
     criss_cross_by_mask,
     criss_cross_inputs,
-    deform_conv_inputs,
-    deformable_inputs,
-    kmeans_inputs,
-    measure,
-    peak_bytes,
-    varying_window_inputs,
 )
-from densepred.engine.benchmark_ops import (
-    benchmark_ops as table_of,
-)
+from densepred.engine.op_cases.kmeans_attention import kmeans_inputs
+from densepred.engine.op_cases.modulated_deform_conv2d import deform_conv_inputs
+from densepred.engine.op_cases.ms_deform_attn import deformable_inputs
+from densepred.engine.op_cases.varying_window_attention import varying_window_inputs
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,21 @@
+"""The measured cases of all operators, a module each: inputs and baselines, written from the published formulas."""
+
+from densepred.engine.op_cases import (
+    criss_cross_attention,
+    kmeans_attention,
+    modulated_deform_conv2d,
+    ms_deform_attn,
+    varying_window_attention,
+)
+from densepred.engine.op_cases.case import OpCase
+
+CASES: tuple[OpCase, ...] = (
+    *criss_cross_attention.CASES,
+    *kmeans_attention.CASES,
+    *ms_deform_attn.CASES,
+    *modulated_deform_conv2d.CASES,
+    *varying_window_attention.CASES,
+)
+"""In the order of the table."""
+
+__all__ = ["CASES", "OpCase"]
