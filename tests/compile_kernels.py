@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from densepred.engine.benchmark_ops import run_case, output_slope
+from densepred.engine.benchmark_ops import output_slope, run_case
 from densepred.engine.op_cases import CASES
 from densepred.ops import backend
 
