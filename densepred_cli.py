@@ -200,6 +200,7 @@ def add_benchmark(parser: argparse.ArgumentParser) -> None:
     ops.add_argument("--device", default="cpu", help="cpu or cuda")
     ops.add_argument("--op", nargs="+", metavar="NAME", help="default: all")
     ops.add_argument("--repeats", type=int, default=5)
+    ops.add_argument("--dtype", nargs="+", default=["float32"], metavar="TYPE", help="float32, bfloat16, float16")
     video = subjects.add_parser("video", help="the video demo's stages together against the slowest of them alone")
     video.add_argument("config", nargs="?")
     video.add_argument("checkpoint", nargs="?", help="default: weights as initialised")
@@ -224,7 +225,7 @@ def run_benchmark(args: argparse.Namespace) -> None:
     elif args.subject == "ops":
         from densepred.engine.benchmark_ops import benchmark_ops
 
-        print(benchmark_ops(args.device, args.op, args.repeats))
+        print(benchmark_ops(args.device, args.op, args.repeats, args.dtype))
     elif args.subject == "video":
         from densepred.video.benchmark import benchmark_video
 

@@ -8,7 +8,7 @@ import torch
 
 from densepred.engine import benchmark_ops
 from densepred.engine.benchmark_ops import benchmark_ops as table_of
-from densepred.engine.benchmark_ops import measure, peak_bytes
+from densepred.engine.benchmark_ops import measure
 from densepred.engine.op_cases import CASES, OpCase
 from densepred.engine.op_cases.criss_cross_attention import (
     criss_cross_by_bmm,
@@ -20,6 +20,7 @@ from densepred.engine.op_cases.kmeans_attention import kmeans_inputs
 from densepred.engine.op_cases.modulated_deform_conv2d import deform_conv_inputs
 from densepred.engine.op_cases.ms_deform_attn import deformable_inputs
 from densepred.engine.op_cases.varying_window_attention import varying_window_inputs
+from densepred.engine.timing import peak_bytes
 
 CPU = torch.device("cpu")
 
@@ -56,6 +57,43 @@ def test_another_result_is_no_measurement():
     broken = replace(TINY[0], ours=lambda q, k, v: criss_cross_by_bmm(q, k, v) * torch.nan)
     with pytest.raises(ValueError, match="nan"):
         measure(broken, repeats=1)
+
+
+def test_a_void_row_says_why_in_the_table(monkeypatch):
+    wrong = replace(TINY[0], ours=lambda q, k, v: criss_cross_by_bmm(2 * q, k, v))
+    monkeypatch.setattr(benchmark_ops, "CASES", [wrong])
+    assert "void: criss_cross_attention, tiny, against bmm: errors" in " ".join(table_of("cpu", repeats=1).split())
+
+
+def test_whole_numbers_without_a_gradient():
+    case = OpCase(
+        "labels",
+        "tiny",
+        "argmax",
+        lambda random: (torch.randn(5, 8, generator=random),),
+        argmax_by_max,
+        torch.argmax,
+        (),
+    )
+    (found,) = measure(case, repeats=1)
+    assert found.direction == "forward" and found.errors == (0, 0)
+    with pytest.raises(ValueError, match=r"allowed 0\.0001"):
+        measure(replace(case, ours=torch.argmin), repeats=1)
+
+
+def argmax_by_max(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten().max(0).indices
+
+
+def test_types_round_the_arguments(monkeypatch):
+    seen = []
+    case = replace(tiny("kmeans_attention", partial(kmeans_inputs, 6, 8, 5)), trained=())
+    case = replace(case, ours=lambda value, logits: seen.append(value.dtype) or case.theirs(value, logits))
+    monkeypatch.setattr(benchmark_ops, "CASES", [case])
+    text = table_of("cpu", repeats=1, dtypes=["bfloat16", "float32"])
+    assert set(seen) == {torch.bfloat16, torch.float32} and text.count("alternating rounds") == 2
+    with pytest.raises(ValueError, match="--dtype float8: choose from float32, bfloat16, float16"):
+        table_of("cpu", dtypes=["float8"])
 
 
 def test_memory_is_that_of_the_tensors():

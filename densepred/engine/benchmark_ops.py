@@ -1,35 +1,39 @@
 """Our operators against the formulations they replace: time, memory and accuracy, in turn, in one process.
 
-Each baseline is written here from the published formula, in plain PyTorch, on the same tensors. Times are CPU seconds of
-one thread, which other work on the machine moves little (on a GPU: wall seconds of a synchronised device). Memory is the
-peak of what tensors took beyond the arguments, results included; what a library takes inside an operator is not seen.
-Errors are L2 norms relative to the baseline in float64. A new operator needs one `OpCase` in `CASES`.
+The baselines of `op_cases` are the published formulas in plain PyTorch on the same tensors; on a GPU they are measured as
+they stand and through `torch.compile`. Times are CPU seconds of one thread, which other work on the machine moves little,
+or those of `timing` on a GPU. Memory is the peak of what tensors took beyond the arguments, results included; what a library
+takes inside an operator is not seen. Errors are L2 norms relative to the baseline in float64 on the rounded inputs, of whole
+numbers the share that differs. Bytes are every argument and result once, in the backward pass their gradients too; both
+they and the FLOPs are set against what a copy and a matrix product reach on the same device.
 """
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from densepred.engine.op_cases import CASES, OpCase
+from densepred.engine.timing import ceilings, peak_bytes, rotated, timers
 from densepred.errors import nearest
 from densepred.evaluation.table import text_table
 
-TOLERANCE = 1e-4
-"""Largest relative error, ours or theirs, in float32; beyond it times mean nothing."""
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+"""Largest relative error, ours or theirs, by type; beyond it times mean nothing."""
 COLUMNS = (
     "operator, baseline",
     "direction",
     "ours ms",
     "base ms",
     "ratio",
+    "A/A",
+    "copy %",
+    "matmul %",
     "ours MiB",
     "base MiB",
     "ours err",
@@ -45,15 +49,20 @@ class Measurement:
         direction: ``forward`` or ``forward+backward``.
         seconds: medians.
         ratio: median over the rounds of their time / ours.
+        spread: median over the rounds of how far two times of ours lie apart, relative to the first: a gain below it is
+            none.
         memory: peaks in bytes.
-        errors: the largest of the results' relative errors.
+        errors: the largest of the results' errors.
+        rates: our bytes and FLOPs a second.
     """
 
     direction: str
     seconds: tuple[float, float]
     ratio: float
+    spread: float
     memory: tuple[int, int]
     errors: tuple[float, float]
+    rates: tuple[float, float]
 
 
 def run_case(
@@ -74,122 +83,151 @@ def output_slope(out: Tensor) -> Tensor:
     return torch.empty_like(out).copy_(values)
 
 
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cpu":
-        start = time.process_time()
-        run()
-        return time.process_time() - start
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """Return how much tensors hold at the peak of a run, beyond what they held before it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = run()
-    del result
-    held = peak = 0
-    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for change in sorted(changes, key=lambda event: event.start_ns()):
-        held += change.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def _errors(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    pairs = zip(results, exact, strict=True)
-    return max(float((found.double() - true).norm() / true.norm()) for found, true in pairs)
+    def error(found: Tensor, true: Tensor) -> float:
+        if not found.is_floating_point():
+            return float((found != true).double().mean())
+        return float((found.double() - true).norm() / true.norm())
+
+    return max(error(found, true) for found, true in zip(results, exact, strict=True))
 
 
-def measure(case: OpCase, device: torch.device | str = "cpu", repeats: int = 5) -> list[Measurement]:
-    """Compare both formulations of a case, forward alone and with the backward pass.
+def measure(
+    case: OpCase,
+    device: torch.device | str = "cpu",
+    repeats: int = 5,
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+) -> list[Measurement]:
+    """Compare both formulations of a case, forward alone and, where something is trained, with the backward pass.
 
     Args:
         case: what to measure.
         device: where.
-        repeats: alternating runs.
+        repeats: alternating rounds.
+        dtype: what the float arguments are rounded to.
+        compiled: put the baseline through `torch.compile`.
 
     Raises:
-        ValueError: one of the two is further from float64 than `TOLERANCE`.
+        ValueError: one of the two is further from float64 than `TOLERANCES` allows.
     """
     device = torch.device(device)
-    arguments = [tensor.to(device) for tensor in case.inputs(Generator().manual_seed(0))]
+    arguments = [
+        tensor.to(device, dtype if tensor.is_floating_point() else None)
+        for tensor in case.inputs(Generator().manual_seed(0))
+    ]
+    copies = rotated(arguments, device)
+    directions = ("forward", "forward+backward") if case.trained else ("forward",)
+    sides = (case.ours, torch.compile(case.theirs) if compiled else case.theirs)
+    return [_measure_direction(case, sides, direction, copies, repeats) for direction in directions]
+
+
+def _measure_direction(
+    case: OpCase, sides: Sequence[Callable[..., Tensor]], direction: str, copies: list[list[Tensor]], repeats: int
+) -> Measurement:
+    arguments, backward = copies[0], direction != "forward"
+    slopes = [output_slope(side(*arguments)) if backward else None for side in sides]
     doubled = [tensor.double() if tensor.is_floating_point() else tensor for tensor in arguments]
-    functions, results = (case.ours, case.theirs), []
-    for direction in ("forward", "forward+backward"):
-        backward = direction != "forward"
-        exact = run_case(case.theirs, doubled, case.trained, output_slope(case.theirs(*doubled)) if backward else None)
-        slopes = [output_slope(function(*arguments)) if backward else None for function in functions]
-        runs = [
-            partial(run_case, f, arguments, case.trained, slope) for f, slope in zip(functions, slopes, strict=True)
-        ]
-        errors = tuple(_errors(run(), exact) for run in runs)
-        if not max(errors) <= TOLERANCE:
-            raise ValueError(
-                f"{case.op}, {case.shape}, against {case.baseline}: errors {errors} of ours and theirs, "
-                f"allowed {TOLERANCE}: times would mean nothing"
-            )
-        del exact
-        order = cycle(((0, 1), (1, 0)))  # nobody always goes first
-        rounds = [{side: _seconds(runs[side], device) for side in next(order)} for _ in range(repeats)]
-        results.append(
-            Measurement(
-                direction,
-                tuple(statistics.median(r[side] for r in rounds) for side in (0, 1)),
-                statistics.median(r[1] / r[0] for r in rounds),
-                tuple(peak_bytes(run, device) for run in runs),
-                errors,
-            )
+    exact = run_case(case.theirs, doubled, case.trained, slopes[1].double() if backward else None)
+    found = [run_case(side, arguments, case.trained, slope) for side, slope in zip(sides, slopes, strict=True)]
+    errors = tuple(_errors(results, exact) for results in found)
+    allowed = TOLERANCES[next(tensor.dtype for tensor in arguments if tensor.is_floating_point())]
+    if not max(errors) <= allowed:
+        raise ValueError(
+            f"{case.op}, {case.shape}, against {case.baseline}: errors {errors} of ours and theirs, "
+            f"allowed {allowed}: times would mean nothing"
         )
-    return results
+    moved = sum(tensor.numel() * tensor.element_size() for tensor in [*arguments, *found[0]])
+    if backward:
+        moved += sum(tensor.numel() * tensor.element_size() for tensor in [*arguments, slopes[0]])
+    del doubled, exact, found
+    runs = [
+        [partial(run_case, side, copy, case.trained, slope) for copy in copies]
+        for side, slope in zip(sides, slopes, strict=True)
+    ]
+    ours, theirs = timers(runs, arguments[0].device)
+    order = cycle(((0, 1, 2), (1, 2, 0), (2, 0, 1)))  # nobody always goes first
+    rounds = [{turn: (ours, theirs, ours)[turn]() for turn in next(order)} for _ in range(repeats)]
+    seconds = tuple(statistics.median(times[side] for times in rounds) for side in (0, 1))
+    return Measurement(
+        direction,
+        seconds,
+        ratio=statistics.median(times[1] / times[0] for times in rounds),
+        spread=statistics.median(abs(times[2] / times[0] - 1) for times in rounds),
+        memory=tuple(peak_bytes(calls[0], arguments[0].device) for calls in runs),
+        errors=errors,
+        rates=(moved / seconds[0], case.flops(*arguments)[backward] / seconds[0]),
+    )
 
 
-def benchmark_ops(device: str = "cpu", ops: Sequence[str] | None = None, repeats: int = 5) -> str:
-    """Return the table to print of all cases of some operators.
+def benchmark_ops(
+    device: str = "cpu", ops: Sequence[str] | None = None, repeats: int = 5, dtypes: Sequence[str] = ("float32",)
+) -> str:
+    """Return the tables to print of all cases of some operators.
 
     Args:
         device: ``cpu`` or ``cuda``.
         ops: names as in `CASES`; None: all.
-        repeats: alternating runs; medians are printed.
+        repeats: alternating rounds; medians are printed.
+        dtypes: a table each: ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
-        ValueError: an unknown operator, or see `measure`.
+        ValueError: an unknown operator or type.
     """
     known = list(dict.fromkeys(case.op for case in CASES))
     for name in ops or ():
         if name not in known:
             raise ValueError(f"--op {name}: nothing to measure{nearest(name, known)}")
+    types = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCES}
+    for name in dtypes:
+        if name not in types:
+            raise ValueError(f"--dtype {name}: choose from {', '.join(types)}")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler else prints two lines a measurement
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rows = [row for case in CASES if not ops or case.op in ops for row in _rows(case, device, repeats)]
+        return "\n\n".join(_table(device, ops or known, repeats, types[name]) for name in dtypes)
     finally:
         torch.set_num_threads(threads)
-    clock = "CPU ms of one thread" if torch.device(device).type == "cpu" else "wall ms"
+
+
+def _table(device: str, ops: Sequence[str], repeats: int, dtype: torch.dtype) -> str:
+    place = torch.device(device)
+    on_gpu = place.type == "cuda"
+    cases = [case for case in CASES if case.op in ops and place.type in case.devices]
+    rows = [row for case in cases for row in _rows(case, place, repeats, dtype)]
+    name = torch.cuda.get_device_name(place) if on_gpu else "one CPU thread"
+    copy, product = ceilings(place, dtype)
     title = (
-        f"{device}, float32, batch 1, torch {torch.__version__}: {clock}, medians of {repeats} alternating runs; peak MiB "
-        "beyond the arguments; relative L2 error against float64"
+        f"{name}, {dtype}, torch {torch.__version__}: {'' if on_gpu else 'CPU '}ms, medians of {repeats} alternating rounds; "
+        f"A/A: ours against itself; shares of a copy's {copy / 1e9:.0f} GB/s and a product's {product / 1e12:.2f} TFLOP/s; "
+        "peak MiB beyond the arguments; relative L2 error against float64"
     )
     return text_table(COLUMNS, rows, title)
 
 
-def _rows(case: OpCase, device: str, repeats: int) -> list[list[str]]:
-    rows = [[f"{case.op} {case.shape}; {case.baseline}"] + [""] * (len(COLUMNS) - 1)]
-    for found in measure(case, device, repeats):
-        cells = [f"{1e3 * s:.2f}" for s in found.seconds]
-        cells += [
-            f"{found.ratio:.2f}x",
-            *(f"{n / 2**20:.1f}" for n in found.memory),
-            *(f"{e:.1e}" for e in found.errors),
-        ]
-        rows.append(["", found.direction, *cells])
+def _rows(case: OpCase, device: torch.device, repeats: int, dtype: torch.dtype) -> list[list[str]]:
+    rows = []
+    for compiled in (False, True) if device.type == "cuda" else (False,):
+        what = f"{case.op} {case.shape}; {case.baseline}{', compiled' if compiled else ''}"
+        rows.append([what] + [""] * (len(COLUMNS) - 1))
+        try:
+            found = measure(case, device, repeats, dtype, compiled)
+        except ValueError as error:
+            rows.append([f"void: {error}"] + [""] * (len(COLUMNS) - 1))
+            continue
+        rows += [["", *_cells(measurement, device, dtype)] for measurement in found]
     return rows
+
+
+def _cells(found: Measurement, device: torch.device, dtype: torch.dtype) -> list[str]:
+    shares = [rate / ceiling for rate, ceiling in zip(found.rates, ceilings(device, dtype), strict=True)]
+    return [
+        found.direction,
+        *(f"{1e3 * seconds:.3f}" for seconds in found.seconds),
+        f"{found.ratio:.2f}x",
+        f"{100 * found.spread:.1f}%",
+        *(f"{100 * share:.1f}" if share else "-" for share in shares),
+        *(f"{size / 2**20:.1f}" for size in found.memory),
+        *(f"{error:.1e}" for error in found.errors),
+    ]
