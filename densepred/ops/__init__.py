@@ -1,5 +1,6 @@
 """Operators behind ``torch.library``: no registry, no MMEngine here."""
 
+from densepred.ops.bilevel_routing_attention import bilevel_routing_attention, route_regions
 from densepred.ops.criss_cross_attention import criss_cross_attention, criss_cross_attention_3d
 from densepred.ops.kmeans_attention import kmeans_attention
 from densepred.ops.modulated_deform_conv2d import ModulatedDeformConv2d, modulated_deform_conv2d
@@ -9,6 +10,7 @@ from densepred.ops.varying_window_attention import varying_window_attention
 
 __all__ = [
     "ModulatedDeformConv2d",
+    "bilevel_routing_attention",
     "criss_cross_attention",
     "criss_cross_attention_3d",
     "kmeans_attention",
@@ -16,5 +18,6 @@ __all__ = [
     "ms_deform_attn",
     "polygon_areas",
     "polygon_iou",
+    "route_regions",
     "varying_window_attention",
 ]
