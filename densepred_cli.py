@@ -189,8 +189,18 @@ def add_benchmark(parser: argparse.ArgumentParser) -> None:
     model.add_argument("config", nargs="?")
     model.add_argument("checkpoint", nargs="?", help="default: weights as initialised")
     model.add_argument("--frame", nargs=2, type=int, default=(1024, 2048), metavar=("HEIGHT", "WIDTH"))
-    model.add_argument("--device", default="cpu", help="of a config's frames")
-    model.add_argument("--baseline", choices=("transformers",), default="transformers")
+    model.add_argument("--device", default="cpu", help="of a config's frames and steps")
+    model.add_argument(
+        "--switches",
+        nargs="+",
+        metavar="NAME",
+        help="a config's inference and training steps with channels_last, bf16, compile, each and all, against without",
+    )
+    model.add_argument("--batch", type=int, default=2, help="images of a step under --switches")
+    model.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE", help="of --switches, e.g. data_root=...")
+    model.add_argument(
+        "--baseline", choices=("transformers", "none"), help="default: none for a config, else transformers"
+    )
     model.add_argument("--encoder", nargs="+", choices=("swin_t", "r50"), default=["swin_t", "r50"])
     model.add_argument("--size", type=int, default=512, help="side of the square image")
     model.add_argument("--repeats", type=int, default=5)
@@ -235,14 +245,19 @@ def run_benchmark(args: argparse.Namespace) -> None:
         from densepred.engine.benchmark_polygons import benchmark_polygons
 
         print(benchmark_polygons(args.repeats))
-    elif args.config is not None:
+    elif args.config is None or args.baseline == "transformers":
+        from densepred.engine.benchmark_model import benchmark_model
+
+        print(benchmark_model([args.config] if args.config else args.encoder, args.size, args.repeats, args.device))
+    elif args.switches:
+        from densepred.engine.benchmark_switches import benchmark_switches
+
+        what = (args.config, args.switches, options_of(args))
+        print(benchmark_switches(*what, args.batch, args.repeats, args.device))
+    else:
         from densepred.engine.benchmark_frame import benchmark_frame
 
         print(benchmark_frame(args.config, args.checkpoint, args.frame, args.repeats, args.device))
-    else:
-        from densepred.engine.benchmark_model import benchmark_model
-
-        print(benchmark_model(args.encoder, args.size, args.repeats))
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from densepred.engine.checkpoint import read_checkpoint
 from densepred.engine.conversion import convert_state_dict, detect_source, load_weights, to_official
 from densepred.registry import MODELS
 from tests import parity
+from tests.small import CONFIGS
 
 pytest.importorskip("transformers", reason="the oracle comes with the test extra")
 
@@ -193,6 +194,14 @@ def test_the_benchmark_prints_a_row_a_job_once_both_agree(small_benchmark):
     assert lines[-1].startswith("largest relative differences: class logits ")
     with pytest.raises(ValueError, match="encoder='swin': the benchmark knows swin_t, r50, tiny"):
         benchmark_model.measure_model("swin")
+
+
+def test_a_config_names_the_encoder_to_compare():
+    swin = benchmark_model.encoder_config(str(CONFIGS / "mask2former_swin_s_coco.py"))
+    assert swin["type"] == "SwinTransformer" and swin["drop_path_rate"] == 0 and "init_cfg" not in swin
+    assert benchmark_model.encoder_config(str(CONFIGS / "mask2former_r101_coco.py"))["depth"] == 101
+    with pytest.raises(ValueError, match=r"kmax_r50_coco\.py: transformers is a baseline of Mask2Former.*KMaXHead"):
+        benchmark_model.encoder_config(str(CONFIGS / "kmax_r50_coco.py"))
 
 
 def test_the_benchmark_refuses_to_time_what_differs(small_benchmark):

@@ -22,7 +22,9 @@ import torch
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from densepred.engine.config import load_config
 from densepred.engine.conversion import to_official
+from densepred.engine.timing import peak_bytes
 from densepred.losses.mask2former import Points
 from densepred.registry import MODELS
 from densepred.structures import SegSample
@@ -151,21 +153,40 @@ def generated_targets(size: int, number: int = NUM_TARGETS, num_classes: int = N
     return dict(labels=torch.randint(num_classes, (number,), generator=random), masks=masks)
 
 
+def encoder_config(encoder: str) -> dict[str, Any]:
+    """Return the encoder of a name in `ENCODERS`, or that of a Mask2Former's config file, without what is random or frozen.
+
+    Raises:
+        ValueError: neither a known name nor the config of a Mask2Former with a ResNet or a Swin Transformer.
+    """
+    if encoder in ENCODERS:
+        return ENCODERS[encoder]
+    if not encoder.endswith(".py"):
+        raise ValueError(f"encoder={encoder!r}: the benchmark knows {', '.join(ENCODERS)} and config files")
+    model = load_config(encoder).model
+    plain = {key: value for key, value in model.encoder.items() if key not in ("init_cfg", "out_features")}
+    if model.head.type != "Mask2FormerHead" or plain["type"] not in ("ResNet", "SwinTransformer"):
+        raise ValueError(
+            f"{encoder}: transformers is a baseline of Mask2Former with a ResNet or a SwinTransformer, not of "
+            f"{plain['type']} with {model.head.type}"
+        )
+    return plain | (dict(frozen_norm=True) if plain["type"] == "ResNet" else dict(drop_path_rate=0.0))
+
+
 class Pair:
     """Our model and its twin with one image, its targets, and the jobs of both."""
 
-    def __init__(self, encoder: str, size: int) -> None:
-        if encoder not in ENCODERS:
-            raise ValueError(f"encoder={encoder!r}: the benchmark knows {', '.join(ENCODERS)}")
+    def __init__(self, encoder: str, size: int, device: str = "cpu") -> None:
         torch.manual_seed(0)
-        config = mask2former_config(ENCODERS[encoder], NUM_CLASSES)
+        config = mask2former_config(encoder_config(encoder), NUM_CLASSES)
         self.model = MODELS.build(config)
-        self.twin = huggingface_twin(config, self.model)
+        self.twin = huggingface_twin(config, self.model).to(device)
+        self.model.to(device)
         for module in self.twin.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.requires_grad_(False)
-        self.images = torch.randn(1, 3, size, size)
-        self.target = generated_targets(size)
+        self.images = torch.randn(1, 3, size, size).to(device)
+        self.target = {name: value.to(device) for name, value in generated_targets(size).items()}
         self.sample = SegSample(gt_instances=InstanceData(**self.target))
         self.float_masks = self.target["masks"].float()  # what their preprocessor makes
         with torch.no_grad():
@@ -234,14 +255,17 @@ class Pair:
         return found
 
 
-def measure_model(encoder: str, size: int = 512, repeats: int = 5, memory: bool = True) -> dict[str, Any]:
+def measure_model(
+    encoder: str, size: int = 512, repeats: int = 5, memory: bool = True, device: str = "cpu"
+) -> dict[str, Any]:
     """Compare our Mask2Former with Hugging Face's.
 
     Args:
-        encoder: one of `ENCODERS`.
+        encoder: see `encoder_config`.
         size: side of the square image, a multiple of 32.
         repeats: alternating runs.
-        memory: also measure peak memory, each job in a process of its own.
+        memory: also measure peak memory, on a CPU each job in a process of its own.
+        device: ``cpu`` or ``cuda``.
 
     Returns:
         ``differences`` (of outputs and losses) and, per job of `JOBS`, ``ours`` and ``theirs`` (medians: CPU seconds,
@@ -250,7 +274,7 @@ def measure_model(encoder: str, size: int = 512, repeats: int = 5, memory: bool 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        pair = Pair(encoder, size)
+        pair = Pair(encoder, size, device)
         results: dict[str, Any] = {"differences": pair.differences()}
         for job in JOBS:
             results[job] = _compare(pair, job, repeats)
@@ -258,8 +282,14 @@ def measure_model(encoder: str, size: int = 512, repeats: int = 5, memory: bool 
         torch.set_num_threads(threads)
     for job in JOBS if memory else ():
         for side in ("ours", "theirs"):
-            results[job][side]["memory"] = _peak_of_process(encoder, size, job, side)
+            results[job][side]["memory"] = _peak(pair, encoder, size, job, side)
     return results
+
+
+def _peak(pair: Pair, encoder: str, size: int, job: str, side: str) -> float:
+    if pair.images.device.type == "cpu":
+        return _peak_of_process(encoder, size, job, side)
+    return peak_bytes(lambda: pair.run(job, side == "ours"), pair.images.device) / 2**20
 
 
 def _compare(pair: Pair, job: str, repeats: int) -> dict[str, dict[str, float]]:
@@ -278,6 +308,8 @@ def _compare(pair: Pair, job: str, repeats: int) -> dict[str, dict[str, float]]:
 def _timed(function: Callable[[], Any]) -> tuple[float, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
@@ -304,21 +336,25 @@ def _peak_of_process(encoder: str, size: int, job: str, side: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def benchmark_model(encoders: Sequence[str] = tuple(ENCODERS), size: int = 512, repeats: int = 5) -> str:
+def benchmark_model(
+    encoders: Sequence[str] = tuple(ENCODERS), size: int = 512, repeats: int = 5, device: str = "cpu"
+) -> str:
     """Return the lines to print of `measure_model` for some encoders."""
     import transformers
 
+    clock = "cpu" if device == "cpu" else "wall"  # what a GPU takes, no process's clock shows
     lines = [
-        f"Mask2Former, {size}x{size}, batch 1, {NUM_CLASSES} classes, {NUM_TARGETS} targets, one thread, "
+        f"Mask2Former, {size}x{size}, batch 1, {NUM_CLASSES} classes, {NUM_TARGETS} targets, {device}, one thread, "
         f"{repeats} alternating runs; base: transformers {transformers.__version__}, torch {torch.__version__}"
     ]
     for encoder in encoders:
-        result = measure_model(encoder, size, repeats)
-        lines += ["", f"{encoder:15s}       CPU s: ours   theirs    ratio    wall ratio    peak MiB: ours   theirs"]
+        result = measure_model(encoder, size, repeats, device=device)
+        name = Path(encoder).stem[:20]
+        lines += ["", f"{name:20s} {clock:>4s} s: ours   theirs    ratio    wall ratio    peak MiB: ours   theirs"]
         for job in JOBS:
             ours, theirs, ratio = (result[job][key] for key in ("ours", "theirs", "ratio"))
             lines.append(
-                f"{job:15s} {ours['cpu']:17.3f} {theirs['cpu']:8.3f} {ratio['cpu']:7.2f}x {ratio['wall']:12.2f}x "
+                f"{job:15s} {ours[clock]:17.3f} {theirs[clock]:8.3f} {ratio[clock]:7.2f}x {ratio['wall']:12.2f}x "
                 f"{ours['memory']:17.0f} {theirs['memory']:8.0f}"
             )
         apart = ", ".join(f"{name} {value:.1e}" for name, value in result["differences"].items())

@@ -8,7 +8,6 @@ numbers the share that differs. Bytes are every argument and result once, in the
 they and the FLOPs are set against what a copy and a matrix product reach on the same device.
 """
 
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -182,7 +181,6 @@ def benchmark_ops(
     for name in dtypes:
         if name not in types:
             raise ValueError(f"--dtype {name}: choose from {', '.join(types)}")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler else prints two lines a measurement
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,5 +1,6 @@
 """How long a function takes and what it holds: CPU seconds of a process, CUDA graphs or events, peaks of memory, ceilings."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -86,6 +87,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler else prints two lines a run
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = run()
     del result

@@ -1,6 +1,7 @@
 """The measured cases of all operators, a module each: inputs and baselines, written from the published formulas."""
 
 from densepred.engine.op_cases import (
+    bilevel_routing_attention,
     criss_cross_attention,
     kmeans_attention,
     modulated_deform_conv2d,
@@ -10,6 +11,7 @@ from densepred.engine.op_cases import (
 from densepred.engine.op_cases.case import OpCase
 
 CASES: tuple[OpCase, ...] = (
+    *bilevel_routing_attention.CASES,
     *criss_cross_attention.CASES,
     *kmeans_attention.CASES,
     *ms_deform_attn.CASES,

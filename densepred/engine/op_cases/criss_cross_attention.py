@@ -11,11 +11,11 @@ from densepred.ops import criss_cross_attention
 
 
 def criss_cross_inputs(
-    height: int, width: int, channels: int, layout: torch.memory_format, random: Generator
+    batch: int, height: int, width: int, channels: int, layout: torch.memory_format, random: Generator
 ) -> tuple[Tensor, ...]:
-    """Return q, k (an eighth of the channels, as CCNet has it) and v of one image."""
+    """Return q, k (an eighth of the channels, as CCNet has it) and v."""
     sizes = (channels // 8, channels // 8, channels)
-    return tuple(torch.randn(1, c, height, width, generator=random).contiguous(memory_format=layout) for c in sizes)
+    return tuple(torch.randn(batch, c, height, width, generator=random).contiguous(memory_format=layout) for c in sizes)
 
 
 def criss_cross_by_bmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -54,6 +54,16 @@ def criss_cross_by_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (v.flatten(2) @ weights.transpose(1, 2)).view(v.shape)
 
 
+def criss_cross_flops(q: Tensor, _: Tensor, v: Tensor) -> tuple[int, int]:
+    """Return the operations of the forward pass and of both: H + W - 1 keys a pixel, products by q, k and v alone.
+
+    The backward pass forms the energies and their gradients (a product by q and by v) and three gradients.
+    """
+    pairs = v.shape[0] * v[0, 0].numel() * (v.shape[2] + v.shape[3] - 1)
+    forward = 2 * pairs * (q.shape[1] + v.shape[1])
+    return forward, forward + 2 * pairs * (3 * q.shape[1] + 2 * v.shape[1])
+
+
 def _criss_cross_case(
     height: int,
     width: int,
@@ -61,15 +71,33 @@ def _criss_cross_case(
     baseline: str,
     theirs: Callable[..., Tensor],
     layout: torch.memory_format = torch.contiguous_format,
+    batch: int = 1,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
 ) -> OpCase:
-    inputs = partial(criss_cross_inputs, height, width, channels, layout)
-    name = f"{height}x{width}x{channels}{', channels last' if layout == torch.channels_last else ''}"
-    return OpCase("criss_cross_attention", name, baseline, inputs, criss_cross_attention, theirs, (0, 1, 2))
+    inputs = partial(criss_cross_inputs, batch, height, width, channels, layout)
+    name = f"{f'{batch}x' if batch > 1 else ''}{height}x{width}x{channels}"
+    name += ", channels last" if layout == torch.channels_last else ""
+    return OpCase(
+        "criss_cross_attention",
+        name,
+        baseline,
+        inputs,
+        criss_cross_attention,
+        theirs,
+        (0, 1, 2),
+        criss_cross_flops,
+        devices,
+    )
 
 
+_LAST = torch.channels_last
 CASES: tuple[OpCase, ...] = (
     _criss_cross_case(97, 97, 512, "bmm", criss_cross_by_bmm),
-    _criss_cross_case(97, 97, 512, "einsum", criss_cross_by_einsum, torch.channels_last),
+    _criss_cross_case(97, 97, 512, "bmm", criss_cross_by_bmm, _LAST, devices=("cuda",)),
+    _criss_cross_case(97, 97, 512, "einsum", criss_cross_by_einsum, _LAST),
+    _criss_cross_case(128, 256, 512, "bmm", criss_cross_by_bmm, _LAST, devices=("cuda",)),
+    _criss_cross_case(128, 256, 512, "einsum", criss_cross_by_einsum, _LAST),
+    _criss_cross_case(97, 97, 512, "einsum", criss_cross_by_einsum, _LAST, 8, ("cuda",)),
     _criss_cross_case(45, 60, 512, "bmm", criss_cross_by_bmm),
     _criss_cross_case(45, 60, 512, "(HW)^2, masked", criss_cross_by_mask),
 )
