@@ -406,20 +406,21 @@ def test_a_failing_model_leaves_a_whole_file(clip, tmp_path):
 
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="no signals in this thread")
-def test_ctrl_c_twice_leaves_a_whole_file(clip, tmp_path):
-    before, calls = signal.getsignal(signal.SIGINT), []
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_twice_leaves_a_whole_file(clip, tmp_path, number):
+    before, calls = signal.getsignal(number), []
 
     def predict(rgb: np.ndarray) -> SegSample:
         calls.append(rgb)
         if len(calls) > 5:  # some frames are drawn
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
             time.sleep(0.2)
         return panoptic()
 
     record = run(VideoSource(clip), predict, out=tmp_path / "out.webm")
     assert record["end"] == "interrupted" and 1 <= record["frames"] < 12
     assert len(read_video(tmp_path / "out.webm")[0]) == record["frames"]
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
 
 
 def test_a_stream_without_a_picture_is_no_video():

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from densepred.video.source import VideoSource, check_source, open_capture
+from densepred.video.source import VideoSource, check_source, open_capture, without_password
 from tests.streams import MJPEGServer, jpeg, rtsp_server
 
 FAST = 0.8
@@ -95,6 +95,19 @@ def test_unreachable_sources_are_refused(name, message, capfd):
     with pytest.raises(ValueError, match=message):
         VideoSource(name, timeout=FAST)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("rtsp://eve:secret@camera.local:554/live", "rtsp://eve:***@camera.local:554/live"),
+        ("http://:p@ss@host/a:b@c", "http://:***@host/a:b@c"),
+        ("http://host:80/a@b", "http://host:80/a@b"),
+        ("a:b@c.webm", "a:b@c.webm"),
+    ],
+)
+def test_a_password_is_not_shown(name, shown):
+    assert without_password(name) == shown
 
 
 def test_an_address_needs_no_file():

@@ -20,7 +20,7 @@ from densepred.structures import SegSample
 from densepred.video.overlay import Painter, draw_timings
 from densepred.video.scene import Scene, make_scene
 from densepred.video.sink import FileSink, check_out
-from densepred.video.source import VideoSource
+from densepred.video.source import VideoSource, without_password
 from densepred.video.stages import Packet, Pipeline
 from densepred.video.state import FrameHub, OverlayState
 
@@ -160,7 +160,7 @@ def run_video(
     state: OverlayState,
     hub: FrameHub,
 ) -> dict:
-    """Run a model on an open source to its end, Ctrl-C, ``max_frames`` or a closed window.
+    """Run a model on an open source to its end, Ctrl-C or SIGTERM, ``max_frames`` or a closed window.
 
     Args:
         predict, meta: see `Demo`.
@@ -188,7 +188,7 @@ def run_video(
             stack.callback(sink.close)
         record = pipeline.run(tick)
     if not record["frames"] and record["end"] == "the source ended":
-        raise ValueError(f"{source.name}: not one frame could be read")
+        raise ValueError(f"{without_password(source.name)}: not one frame could be read")
     return record | {"input": source.record()} | ({"output": sink.record()} if sink is not None else {})
 
 
@@ -244,18 +244,22 @@ def serving(address: str | None, hub: FrameHub, state: OverlayState) -> Iterator
 
 @contextlib.contextmanager
 def interruptible(pipeline: Pipeline) -> Iterator[None]:
-    """Let Ctrl-C, even pressed twice, end the pipeline and nothing else meanwhile: what is written is closed in peace.
+    """Let Ctrl-C, even pressed twice, or a polite kill end the pipeline and nothing else: files are closed in peace.
 
-    Only the main thread hears of Ctrl-C; in others this does nothing.
+    Only the main thread hears of signals; in others this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, lambda *_: setattr(pipeline, "interrupted", True))
+    before = {
+        number: signal.signal(number, lambda *_: setattr(pipeline, "interrupted", True))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

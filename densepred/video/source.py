@@ -46,7 +46,7 @@ class VideoSource:
         self._timeout = timeout
         self._capture = open_capture(self.name, timeout / 2)
         if not self._capture.isOpened():
-            raise ValueError(_why_unreadable(self.name))
+            raise ValueError(_why_unreadable(without_password(self.name)))
         announced = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
         self._announced = int(announced) if 0 < announced < 2**40 else None
         self.live = is_camera(self.name) or (is_address(self.name) and self._announced is None)
@@ -70,7 +70,9 @@ class VideoSource:
 
     def record(self) -> dict:
         """Return what happened: ``frames``, ``unreadable``, ``reconnects``, ``size_changes``, ``announced`` (or None)."""
-        return dict(source=self.name, **self._counts, announced=self._announced, last_size=list(self.size))
+        return dict(
+            source=without_password(self.name), **self._counts, announced=self._announced, last_size=list(self.size)
+        )
 
     def close(self) -> None:
         """End the iteration; safe while another thread reads."""
@@ -120,6 +122,11 @@ def is_camera(name: str) -> bool:
 def is_address(name: str) -> bool:
     """Whether a source's name is an address on the network."""
     return name.lower().startswith(SCHEMES)
+
+
+def without_password(name: str) -> str:
+    """Return a source's name fit to be shown: in an address, ``***`` stands for the password."""
+    return re.sub(r"(?<=://)([^/@:]*):[^/@]*(?:@[^/@]*)*@", r"\1:***@", name) if is_address(name) else name
 
 
 def is_path(name: str) -> bool:
