@@ -1,5 +1,6 @@
 """Encoders: images -> a pyramid of maps."""
 
+from densepred.encoders.biformer import BiFormer
 from densepred.encoders.convnext import ConvNeXt
 from densepred.encoders.dla import DLA34
 from densepred.encoders.efficientnet_lite import EfficientNetLite
@@ -12,6 +13,7 @@ from densepred.encoders.unet import UNetEncoder
 
 __all__ = [
     "DLA34",
+    "BiFormer",
     "ConvNeXt",
     "EfficientNetLite",
     "Hourglass",
