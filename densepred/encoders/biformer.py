@@ -54,15 +54,15 @@ def fit(x: Tensor, height: int, width: int) -> Tensor:
     return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
 
 
-def to_regions(x: Tensor, height: int, width: int) -> Tensor:
-    """(B, r * height, c * width, C) -> (B, r * c, height * width, C): regions and their tokens, row by row."""
-    x = x.unflatten(2, (-1, width)).unflatten(1, (-1, height))  # (B, r, height, c, width, C)
+def to_regions(x: Tensor, rows: int, columns: int) -> Tensor:
+    """(B, rows * h, columns * w, C) -> (B, rows * columns, h * w, C): regions and their tokens, row by row."""
+    x = x.unflatten(2, (columns, -1)).unflatten(1, (rows, -1))  # (B, rows, h, columns, w, C)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def to_map(regions: Tensor, columns: int, width: int) -> Tensor:
-    """(B, r * columns, height * width, C) -> (B, r * height, columns * width, C): the inverse of `to_regions`."""
-    x = regions.unflatten(2, (-1, width)).unflatten(1, (-1, columns))  # (B, r, columns, height, width, C)
+    """(B, rows * columns, h * width, C) -> (B, rows * h, columns * width, C): the inverse of `to_regions`."""
+    x = regions.unflatten(2, (-1, width)).unflatten(1, (-1, columns))  # (B, rows, columns, h, width, C)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
@@ -134,52 +134,54 @@ class BiLevelRoutingAttention(nn.Module):
         self.qkv = nn.Linear(channels, 2 * self.qk_channels + channels)
         self.wo = nn.Linear(channels, channels) if project else nn.Identity()
         self.lepe = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels) if kernel else None
-        self.router = nn.Linear(self.qk_channels, self.qk_channels) if param_routing else nn.Identity()
+        self.router = nn.Linear(self.qk_channels, self.qk_channels) if param_routing else None
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
-        side, padded = self.region_and_map_size(height, width)
+        counts, side = self.grid(height, width)
+        padded = counts[0] * side[0], counts[1] * side[1]
         if self.floor_regions:
             parts = [fit(part, *padded) for part in self._project(x)]
+            inside = to_regions(fit(x.new_ones(1, height, width, 1), *padded), *counts).sum(2)  # (1, R, 1)
         else:
-            parts = self._project(fit(x, *padded))
-        q, k, v = (to_regions(part, *side) for part in parts)  # (B, R, T, D or C)
-        regions, weights = self.route(q, k, self._counts(height, width, q))
+            parts, inside = self._project(fit(x, *padded)), side[0] * side[1]
+        q, k, v = (to_regions(part, *counts) for part in parts)  # (B, R, T, D or C)
+        regions, weights = self.route(q, k, inside)
         k, v = (self._pooled(part, side) for part in (k, v))
         if weights is None:
             y = bilevel_routing_attention(q, k, v, regions, self.heads, self.scale)
         else:
             y = attend_weighted(q, k, v, regions, weights, self.heads, self.scale)
-        y = to_map(y, padded[1] // side[1], side[1])
+        y = to_map(y, counts[1], side[1])
         if self.lepe is not None:
             y = y + depthwise(self.lepe, parts[2])
         return self.wo(fit(y, height, width))
 
-    def region_and_map_size(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return the (height, width) of a region and of the padded map, in tokens."""
+    def grid(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return how many regions a map has (rows, columns), and of how many tokens they are (height, width)."""
         count = self.regions_per_side
         if not self.floor_regions:
-            side = -(-height // count), -(-width // count)
-            return side, (count * side[0], count * side[1])
+            return (count, count), (-(-height // count), -(-width // count))
         if min(height, width) < count:
             raise ValueError(
                 f"a map of {height}x{width} tokens has no {count}x{count} regions: enlarge the image, or set "
                 "floor_regions=False"
             )
         side = height // count, width // count
-        return side, (-(-height // side[0]) * side[0], -(-width // side[1]) * side[1])
+        return (-(-height // side[0]), -(-width // side[1])), side
 
-    def route(self, q: Tensor, k: Tensor, counts: Tensor | int) -> tuple[Tensor, Tensor | None]:
+    def route(self, q: Tensor, k: Tensor, inside: Tensor | int) -> tuple[Tensor, Tensor | None]:
         """Return the regions chosen (B, R, K) and, with ``soft_routing``, their weights (B, R, K).
 
         Args:
             q, k: (B, R, T, D).
-            counts: how many of a region's tokens are of the map, which padding's zeros do not count among.
+            inside: over how many of its tokens a region's mean is taken.
         """
         if not self.diff_routing:
             q, k = q.detach(), k.detach()
         dtype = sum_dtype(q, k)
-        q, k = (self.router(part.sum(2, dtype=dtype) / counts) for part in (q, k))  # (B, R, D)
+        means = [part.sum(2, dtype=dtype) / inside for part in (q, k)]  # (B, R, D)
+        q, k = means if self.router is None else (self.router(mean.to(q.dtype)) for mean in means)
         regions = route_regions(q, k, self.topk)
         if not self.soft_routing:
             return regions, None
@@ -187,12 +189,6 @@ class BiLevelRoutingAttention(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.qkv(x).split((self.qk_channels, self.qk_channels, x.shape[3]), dim=3)
-
-    def _counts(self, height: int, width: int, q: Tensor) -> Tensor | int:
-        if not self.floor_regions:
-            return q.shape[2]
-        side, padded = self.region_and_map_size(height, width)
-        return to_regions(fit(q.new_ones(1, height, width, 1), *padded), *side).sum(2)  # (1, R, 1)
 
     def _pooled(self, regions: Tensor, side: Sequence[int]) -> Tensor:
         if self.kv_pool is None:

