@@ -2,11 +2,12 @@
 
 Tiling. A program owns a tile of rows of one head and walks over a list of regions, a tile of columns at a time: in the
 forward and for dq it owns queries of a region and walks over that region's K entries of the table; for dk and dv it owns
-keys of a region and walks over the regions that read it. Rows, running sums and the sums of values stay in registers; a
-column tile is loaded once and serves one matrix product and the one that follows. Regions of few tokens (16 in stage 3 of
-BiFormer at 512 x 512) are packed: a column tile of 64 takes four of them, rows fetched where the table says, so that
-products are full, and a row tile of 16 is worked by one warp alone, which needs no barrier. Larger regions take several
-tiles. Each tensor is read where it lies, as a view of the projection's output, if its channels are adjacent.
+keys of a region and walks over the regions that read it. Rows, running sums and sums of values stay in registers; a column
+tile is loaded once, while the one before is worked on, and serves all products. Regions with fewer tokens than a tile has
+columns are packed, rows fetched where the table says: at 512 x 512, stage 3 of BiFormer has regions of 16 tokens, two to a
+tile of 32 columns, so that products are full, and its row tile of 16 is worked by one warp alone, which waits for no other.
+Larger regions take several tiles (stages 1 and 2: 64 x 64, four warps of 16 rows). Tensors are read where they lie, as views
+of a projection's output, if their channels are adjacent and tokens equally far apart; else they are copied first.
 
 Bytes. The forward reads q once, k and v K times (S tokens each; 2 to 30 MB an image, which the L2 cache holds), and writes
 out and log_sum; the dense form writes the K copies and reads them again, and passes over the map of weights four times
@@ -83,7 +84,7 @@ def _num_tiles(entries, length, SPAN: tl.constexpr, N: tl.constexpr):
 def _load_rows(start, row, stride, inside, CHANNELS: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
     """Rows of a matrix (tokens, channels) as a tile (rows, PADDED); 0 outside."""
     channel = tl.arange(0, PADDED)[None, :]
-    pointers = start + (row * stride)[:, None] + channel
+    pointers = start + (row.to(tl.int64) * stride)[:, None] + channel
     if CHANNELS < PADDED:
         return tl.load(pointers, mask=inside[:, None] & (channel < CHANNELS), other=0.0)
     elif MASKED:
@@ -95,7 +96,7 @@ def _load_rows(start, row, stride, inside, CHANNELS: tl.constexpr, PADDED: tl.co
 @triton.jit
 def _store_rows(start, row, stride, inside, tile, CHANNELS: tl.constexpr, PADDED: tl.constexpr):
     channel = tl.arange(0, PADDED)[None, :]
-    pointers = start + (row * stride)[:, None] + channel
+    pointers = start + (row.to(tl.int64) * stride)[:, None] + channel
     tl.store(pointers, tile.to(start.dtype.element_ty), mask=inside[:, None] & (channel < CHANNELS))
 
 
@@ -110,10 +111,10 @@ def _owned(heads, length, M: tl.constexpr):
 
 @triton.jit
 def _read_table(regions, entry, topk, num_regions):
-    """The regions at some places of a row of the table (0 beyond its end), each held in range, and which were not."""
+    """The regions at some places of a row of the table, 0 beyond its end or out of range, and which are out of range."""
     named = tl.load(regions + entry, mask=entry < topk, other=0)
-    held = tl.minimum(tl.maximum(named, 0), num_regions - 1)
-    return held, (held != named).to(tl.int32)
+    right = named.to(tl.uint64, bitcast=True) < num_regions
+    return tl.where(right, named.to(tl.int32), 0), 1 - right.to(tl.int32)
 
 
 @triton.jit
@@ -143,11 +144,13 @@ def _forward_kernel(
     MASKED: tl.constexpr,
 ):
     head, region, query = _owned(heads, queries, M)
-    image = region - region % num_regions  # its first region
+    image = region - region % num_regions  # its first region; rows are counted from there in 32 bits
     known = query < queries
     row = region * queries + query
     own = _load_rows(q + head * D, row, q_stride, known, D, D_PAD, True)
     regions += region * topk
+    k += image * keys * k_stride + head * D
+    v += image * keys * v_stride + head * C
     largest = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     sums = tl.zeros((M, C_PAD), tl.float32)
@@ -156,9 +159,9 @@ def _forward_kernel(
         entry, key, inside = _place(tile, topk, keys, SPAN, N)
         source, out_of_range = _read_table(regions, entry, topk, num_regions)
         wrong |= tl.max(out_of_range, 0) if SPAN < N else out_of_range
-        key_row = (image + source) * keys + key
-        key_tile = _load_rows(k + head * D, key_row, k_stride, inside, D, D_PAD, MASKED)
-        value_tile = _load_rows(v + head * C, key_row, v_stride, inside, C, C_PAD, MASKED)
+        key_row = source * keys + key
+        key_tile = _load_rows(k, key_row, k_stride, inside, D, D_PAD, MASKED)
+        value_tile = _load_rows(v, key_row, v_stride, inside, C, C_PAD, MASKED)
         logits = _product(own, tl.trans(key_tile), tl.zeros((M, N), tl.float32)) * factor
         if MASKED:
             logits = tl.where(inside[None, :], logits, float("-inf"))
@@ -216,13 +219,15 @@ def _query_gradient_kernel(
     tl.store(mean + statistics, worth, mask=known)
     log2_sum = tl.load(log_sum + statistics, mask=known, other=float("inf")) * LOG2_E
     regions += region * topk
+    k += image * keys * k_stride + head * D
+    v += image * keys * v_stride + head * C
     sums = tl.zeros((M, D_PAD), tl.float32)
     for tile in range(_num_tiles(topk, keys, SPAN, N)):
         entry, key, inside = _place(tile, topk, keys, SPAN, N)
         source, _ = _read_table(regions, entry, topk, num_regions)
-        key_row = (image + source) * keys + key
-        key_tile = _load_rows(k + head * D, key_row, k_stride, inside, D, D_PAD, MASKED)
-        value_tile = _load_rows(v + head * C, key_row, v_stride, inside, C, C_PAD, MASKED)
+        key_row = source * keys + key
+        key_tile = _load_rows(k, key_row, k_stride, inside, D, D_PAD, MASKED)
+        value_tile = _load_rows(v, key_row, v_stride, inside, C, C_PAD, MASKED)
         logits = _product(own, tl.trans(key_tile), tl.zeros((M, N), tl.float32))
         weights = tl.exp2(logits * factor - log2_sum[:, None])
         if MASKED:
@@ -298,15 +303,19 @@ def _key_gradient_kernel(
     start = tl.load(starts)
     entries = tl.load(starts + 1) - start
     readers += image * topk + start
+    q += image * queries * q_stride + head * D
+    grad += image * queries * grad_stride + head * C
+    log_sum += (image * heads + head) * queries
+    mean += (image * heads + head) * queries
     key_sums = tl.zeros((M, D_PAD), tl.float32)
     value_sums = tl.zeros((M, C_PAD), tl.float32)
     for tile in range(_num_tiles(entries, queries, SPAN, N)):
         entry, query, inside = _place(tile, entries, queries, SPAN, N)
-        reader = image + tl.load(readers + entry, mask=entry < entries, other=0)
+        reader = tl.load(readers + entry, mask=entry < entries, other=0)
         query_row = reader * queries + query
-        query_tile = _load_rows(q + head * D, query_row, q_stride, inside, D, D_PAD, MASKED)
-        slope = _load_rows(grad + head * C, query_row, grad_stride, inside, C, C_PAD, MASKED)
-        statistics = (reader * heads + head) * queries + query
+        query_tile = _load_rows(q, query_row, q_stride, inside, D, D_PAD, MASKED)
+        slope = _load_rows(grad, query_row, grad_stride, inside, C, C_PAD, MASKED)
+        statistics = reader * heads * queries + query
         log2_sum = tl.load(log_sum + statistics, mask=inside, other=float("inf")) * LOG2_E  # outside exp(-inf) = 0
         worth = tl.load(mean + statistics, mask=inside, other=0.0)
         logits = _product(own, tl.trans(query_tile), tl.zeros((M, N), tl.float32))  # (keys, queries)
@@ -334,9 +343,12 @@ def _tiling(own: int, others: int, entries: int | None, heads: int, q: Tensor, v
     """
     widths = q.shape[-1] // heads, v.shape[-1] // heads
     padded = [max(16, triton.next_power_of_2(width)) for width in widths]
-    m = min(64, max(16, triton.next_power_of_2(own)))
-    n = 64 if max(padded) <= 64 else 32
-    span = min(n, triton.next_power_of_2(others))
+    # A tile of 64 x 64 weights of BiFormer's heads of 32 channels lets a multiprocessor hold four programs, of float32 two.
+    # Fewer rows want more programs, and wide heads leave room for less.
+    width = max(padded)
+    m = min(64 if width <= 64 else 32 if width <= 128 else 16, max(16, triton.next_power_of_2(own)))
+    n = 64 if m == 64 and width * q.element_size() <= 128 else 32 if width <= 128 else 16
+    span = min(n, triton.next_power_of_2(max(1, others)))
     full = others % span == 0 and (span == n or (entries is not None and entries % (n // span) == 0))
     return dict(
         zip(("D", "C", "D_PAD", "C_PAD"), (*widths, *padded), strict=True),
@@ -344,8 +356,8 @@ def _tiling(own: int, others: int, entries: int | None, heads: int, q: Tensor, v
         N=n,
         SPAN=span,
         MASKED=not full,
-        num_warps=m // 16,
-        num_stages=2 if m == 64 else 1,
+        num_warps=m // 16 if width <= 64 else 4,
+        num_stages=1 if width > 64 else 2 if m == 64 else 3,  # three where entries of the table are fetched ahead, too
     )
 
 
