@@ -10,9 +10,9 @@ from densepred.engine.op_cases.case import OpCase
 from densepred.ops import kmeans_attention
 
 
-def kmeans_inputs(side: int, channels: int, queries: int, random: Generator) -> tuple[Tensor, ...]:
-    """Return pixel values and mask logits of one square image."""
-    return tuple(torch.randn(1, c, side, side, generator=random) for c in (channels, queries))
+def kmeans_inputs(side: int, channels: int, queries: int, random: Generator, batch: int = 1) -> tuple[Tensor, ...]:
+    """Return pixel values and mask logits of square images."""
+    return tuple(torch.randn(batch, c, side, side, generator=random) for c in (channels, queries))
 
 
 def kmeans_by_one_hot(pixel_value: Tensor, mask_logits: Tensor) -> Tensor:
@@ -21,17 +21,21 @@ def kmeans_by_one_hot(pixel_value: Tensor, mask_logits: Tensor) -> Tensor:
     return torch.einsum("bdhw,bhwq->bdq", pixel_value, one_hot)
 
 
+def _kmeans_case(batch: int, side: int, queries: int, devices: tuple[str, ...] = ("cuda",)) -> OpCase:
+    return OpCase(
+        "kmeans_attention",
+        f"{f'{batch} x ' if batch > 1 else ''}{side}x{side}, 256 channels, {queries} queries",
+        "one-hot",
+        partial(kmeans_inputs, side, 256, queries, batch=batch),
+        lambda pixel_value, mask_logits: kmeans_attention(pixel_value, mask_logits)[0],
+        kmeans_by_one_hot,
+        (0,),
+        devices=devices,
+    )
+
+
 CASES: tuple[OpCase, ...] = (
-    *(
-        OpCase(
-            "kmeans_attention",
-            f"{side}x{side}, 256 channels, 128 queries",
-            "one-hot",
-            partial(kmeans_inputs, side, 256, 128),
-            lambda pixel_value, mask_logits: kmeans_attention(pixel_value, mask_logits)[0],
-            kmeans_by_one_hot,
-            (0,),
-        )
-        for side in (41, 161)
-    ),
+    *(_kmeans_case(1, side, 128, ("cpu", "cuda")) for side in (41, 161)),
+    *(_kmeans_case(batch, side, 128) for batch, side in ((1, 81), (16, 41), (16, 81), (16, 161))),
+    *(_kmeans_case(batch, 161, 256) for batch in (1, 8)),
 )
