@@ -133,8 +133,14 @@ class Backend(NamedTuple):
 _EAGER = Backend(_attend, _attend_backward)
 
 
-def _implementation(*tensors: Tensor) -> Backend:
-    if uses_triton("bilevel_routing_attention", tensors):
+_WIDEST_HEAD = 256
+"""Channels of a head that the kernels hold in registers."""
+
+
+def _implementation(heads: int, *tensors: Tensor) -> Backend:
+    widest = max(tensor.shape[-1] // heads for tensor in tensors)
+    unfit = f"a head of {widest} channels is wider than {_WIDEST_HEAD}" if widest > _WIDEST_HEAD else None
+    if uses_triton("bilevel_routing_attention", tensors, unfit):
         from densepred.ops.kernels import bilevel_routing_attention as kernels  # lazily: Triton need not be installed
 
         return Backend(kernels.forward, kernels.backward)
@@ -147,7 +153,7 @@ def _bilevel_routing_attention(
 ) -> tuple[Tensor, Tensor]:
     _check_range(regions, k.shape[1])
     with torch.autocast(v.device.type, enabled=False):
-        return _implementation(q, k, v).forward(q, k, v, regions, heads, scale)
+        return _implementation(heads, q, k, v).forward(q, k, v, regions, heads, scale)
 
 
 @torch.library.custom_op("densepred::bilevel_routing_attention_backward", mutates_args=())
@@ -163,7 +169,7 @@ def _bilevel_routing_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(v.device.type, enabled=False):
-        return _implementation(q, k, v).backward(grad, q, k, v, regions, out, log_sum, heads, scale)
+        return _implementation(heads, q, k, v).backward(grad, q, k, v, regions, out, log_sum, heads, scale)
 
 
 @_bilevel_routing_attention.register_fake
@@ -199,8 +205,8 @@ def bilevel_routing_attention(q: Tensor, k: Tensor, v: Tensor, regions: Tensor, 
     The softmax runs in float32 (float64 where an input is). Memory grows with the tokens, neither with K nor with the
     number of weights. A gradient of a gradient is not implemented.
 
-    Determinism: the eager backward adds in the order of the regions on a CPU, on a GPU with atomics unless
-    ``torch.use_deterministic_algorithms(True)``.
+    Determinism: the kernels give the same bits in every run; the eager backward adds in the order of the regions on a CPU,
+    on a GPU with atomics unless ``torch.use_deterministic_algorithms(True)``.
 
     Args:
         q: (B, R, T, D) queries region by region, any float dtype.
