@@ -1,13 +1,18 @@
 """The criterion of Mask2Former against the official numbers, a plain re-creation, and at the borders of its inputs."""
 
+import contextlib
+import warnings
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from densepred.losses import mask2former
 from densepred.losses.mask2former import Mask2FormerCriterion
+from densepred.ops import point_matching_costs
 from densepred.registry import MODELS
 from tests import parity
 
@@ -169,11 +174,12 @@ def test_matching_costs_of_the_case():
     for image, target in enumerate(targets[:2]):
         points = case_points("matching", 0, (2, 12544, 2))[image]
         masks = outputs["pred_masks"].detach()[image]
-        bce, dice = (cost[0] for cost in mask2former.image_mask_costs([masks], target["masks"], points[None]))
-        classes = mask2former.class_cost(outputs["pred_logits"].detach()[image], target["labels"])
+        bce, dice = (cost[0] for cost in point_matching_costs([masks[None]], [target["masks"]], points[None, None]))
+        logits = outputs["pred_logits"].detach()[None, image : image + 1]
+        classes = mask2former.class_costs(logits, [target["labels"]])[0]
         found = dict(cost_mask=bce, cost_dice=dice, cost_class=classes, cost=5 * bce + 5 * dice + 2 * classes)
         for name, cost in found.items():
-            assert np.abs(cost.numpy() - EXPECTED[f"{name}_{image}"]).max() < 1e-12, name
+            assert np.abs(cost.T.numpy() - EXPECTED[f"{name}_{image}"]).max() < 1e-12, name
 
 
 def test_assignments_of_the_case(case):
@@ -254,44 +260,6 @@ def test_half_precision_is_computed_in_float32(dtype):
 
 def small_sets(outputs):
     return [{k: s[k] for k in ("pred_logits", "pred_masks")} for s in (outputs, *outputs["aux_outputs"])]
-
-
-@pytest.mark.parametrize("count", [5, 64, 200])
-def test_mask_costs_equal_their_definition_for_any_number_of_points(count):
-    generator = torch.Generator().manual_seed(3)
-    logits = 50 * torch.randn(7, count, generator=generator)
-    targets = torch.rand(3, count, generator=generator)
-    positive, negative = F.softplus(-logits), F.softplus(logits)
-    expected = (positive @ targets.T + negative @ (1 - targets).T) / count
-    bce, dice = mask2former.mask_costs(logits.T.contiguous(), targets)
-    assert torch.allclose(bce, expected, rtol=1e-5) and dice.shape == (7, 3) and (dice < 1).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_uncertain_points_have_the_smallest_logits(dtype):
-    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(4), dtype=dtype)
-    points = torch.stack([logits, torch.arange(40.0, dtype=dtype).expand(5, -1)], -1)
-    kept = mask2former.uncertain_points(logits, points, 12)
-    assert torch.equal(kept[..., 0].abs().sort().values, logits.abs().sort().values[:, :12])
-    assert torch.equal(logits.gather(1, kept[..., 1].long()), kept[..., 0])
-
-
-def test_sampling_has_the_gradient_of_its_values():
-    masks = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64).requires_grad_()
-    points = seeded_points(torch.float64)("matching", 0, (3, 9, 2))
-    rows = torch.tensor([4, -1, 0])
-    weight = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)[:, None]  # row -1 has no gradient
-    assert torch.autograd.gradcheck(lambda m: mask2former.sample_queries(m, rows, points) * weight, masks)
-
-
-def test_targets_are_sampled_alike_in_any_chunks(monkeypatch):
-    masks = small_target([0, 1, 2, 0, 1])["masks"]
-    points = seeded_points(torch.float32)("matching", 0, (5, 50, 2))
-    whole = mask2former.sample_targets(masks, points)
-    monkeypatch.setitem(mask2former.CHUNK, "cpu", 2 * masks[0].numel())
-    assert torch.equal(mask2former.sample_targets(masks, points), whole)
-    shared = mask2former.sample_targets(masks, points[:1])
-    assert torch.equal(shared[0], whole[0]) and not torch.equal(shared[1], whole[1])
 
 
 # Borders --------------------------------------------------------------------------------------------------------------
@@ -400,6 +368,68 @@ def test_masks_without_labels():
     target = small_target([0, 1]) | dict(labels=torch.tensor([0]))
     with pytest.raises(ValueError, match="image 0 has 2 target masks but 1 labels"):
         Mask2FormerCriterion(3)(small_outputs(batch=1), [target])
+
+
+class HostReads(TorchDispatchMode):
+    """Lets copies from the meta device to the CPU pass, as zeros, and counts them; other reads of it raise by themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta and str(kwargs.get("device")) == "cpu":
+            self.shapes.append(tuple(args[0].shape))
+            return torch.zeros(args[0].shape, dtype=args[0].dtype)
+        return func(*args, **kwargs)
+
+
+def step_inputs(device, sets=3):
+    """Leaves, outputs and targets of a batch of 2 on a device."""
+    outputs = small_outputs(num_aux=sets - 1)
+    leaves = [leaf.detach().to(device).requires_grad_() for leaf in leaves_of(outputs)]
+    pairs = [dict(zip(("pred_logits", "pred_masks"), leaves[i : i + 2], strict=True)) for i in range(0, 2 * sets, 2)]
+    targets = [small_target([0, 1]), small_target([2, 0, 1])]
+    targets = [{name: value.to(device) for name, value in target.items()} for target in targets]
+    return leaves, pairs[0] | dict(aux_outputs=pairs[1:]), targets
+
+
+def test_a_step_reads_the_device_once(monkeypatch):
+    """On the meta device, which has no values: whoever looks at one, or at how many there are, fails."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # does not know the device
+    leaves, outputs, targets = step_inputs("meta")
+    with HostReads() as reads:
+        losses = Mask2FormerCriterion(3, num_points=16)(outputs, targets)
+        grads = torch.autograd.grad(sum(losses.values()), leaves)
+    assert reads.shapes == [(3 * 5 * 4 + 5,)]  # costs (S, T, Q) and labels (T,)
+    assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
+    with HostReads() as reads, pytest.raises(RuntimeError, match="meta"):
+        leaves[0].sum().item()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_waits_for_the_gpu_once(dtype):
+    leaves, outputs, targets = step_inputs("cuda")
+    sets = [{name: value.to(dtype) for name, value in pair.items()} for pair in small_sets(outputs)]
+    criterion = Mask2FormerCriterion(3, num_points=4096)
+
+    def step():
+        losses = criterion(sets[0] | dict(aux_outputs=sets[1:]), targets)
+        torch.autograd.grad(sum(losses.values()), leaves, retain_graph=True)
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(warning.message) for warning in caught if "synchronizing" in str(warning.message)]
+    assert len(waits) == 1, waits
 
 
 def test_is_built_by_name_with_the_published_numbers():

@@ -1,203 +1,67 @@
 """Criterion of Mask2Former (CVPR 2022, arXiv:2112.01527, section 3.3): matching and mask losses on sampled points.
 
-Follows github.com/facebookresearch/Mask2Former (commit 9b0651c) number for number. Every term is a pure function of
-tensors; `Mask2FormerCriterion` holds the plain numbers and calls them. Letters: S prediction sets (the last layer, then
-``aux_outputs``), B images, Q queries, N targets of an image, T targets of the batch, C classes, P points; h, w the
-size of the predicted masks, H, W that of the targets. Points are (x, y) in [0, 1) from edge to edge of a mask; samples
-are bilinear, with zeros outside.
+Follows github.com/facebookresearch/Mask2Former (commit 9b0651c) number for number. What touches masks is an op
+(`densepred.ops.point_sample_mask_loss`), every term a pure function of tensors; `Mask2FormerCriterion` holds the plain
+numbers and calls them. Letters: S prediction sets (the last layer, then ``aux_outputs``), B images, Q queries, N targets
+of an image, T targets of the batch, C classes, P points; h, w the size of the predicted masks, H, W that of the targets.
+Points are (x, y) in [0, 1) from edge to edge of a mask; samples are bilinear, with zeros outside.
 
 What differs, and why:
 
-* all sets of all images are matched before the first loss, so that the costs reach the solver in one transfer; hence
-  the points of all matchings are drawn first (see `Mask2FormerCriterion`);
+* all sets of all images are matched before the first loss, so that the costs reach the solver in one transfer, for
+  which alone the host waits in a step; hence the points of all matchings are drawn first (see `Mask2FormerCriterion`);
 * a target looks up its query, not the reverse: rows run over the targets, and one without a query has row -1 and
-  counts for nothing, so that no shape depends on the matching;
-* the cross entropy of every query with every target is one product (see `mask_costs`), the points that a matching
-  shares are rows of a channels-last table, and the backward pass of the sampling keeps nothing but the points.
+  counts for nothing, so that no shape depends on the matching.
 """
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from mmengine.dist import all_reduce
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from densepred.losses.matcher import hungarian_match
+from densepred.ops.point_sample_mask_loss import (
+    point_mask_losses,
+    point_matching_costs,
+    sample_points,
+    uncertain_points,
+    upload,
+)
 from densepred.registry import MODELS
-
-DICE_SMOOTH = 1.0
-GROUP = 64
-"""Factors in [0.5, 1] whose product stays far from float32's smallest number."""
-CHUNK = {"cpu": 2**20, "cuda": 2**24}
-"""Pixels of target masks that are floats at the same time: on a CPU what fits its cache."""
 
 Points = Callable[[str, int, tuple[int, ...]], Tensor]
 """(what the points are for, number of the set, shape (..., 2)) -> uniform numbers in [0, 1)."""
-
-
-# Sampling -------------------------------------------------------------------------------------------------------------
-
-
-def sample_targets(masks: Tensor, points: Tensor) -> Tensor:
-    """Sample target masks, of which only a few at a time become floats.
-
-    Args:
-        masks: (N, H, W) bool or uint8.
-        points: (N, P, 2), or (1, P, 2) for all masks alike.
-
-    Returns:
-        (N, P) of the type of ``points``, 0..1.
-    """
-    grid = (2 * points - 1)[:, :, None].expand(len(masks), -1, -1, -1)  # (N, P, 1, 2)
-    samples = points.new_empty(grid.shape[:2])
-    chunk = max(1, CHUNK.get(masks.device.type, CHUNK["cuda"]) // max(1, masks[0:1].numel()))
-    for start in range(0, len(masks), chunk):
-        part = slice(start, start + chunk)
-        maps = masks[part, None].to(points.dtype)  # (n, 1, H, W)
-        samples[part] = F.grid_sample(maps, grid[part], align_corners=False)[:, 0, :, 0]
-    return samples
-
-
-class _SampleQueries(torch.autograd.Function):
-    """Bilinear samples of some rows of masks (B, Q, h, w); for the backward pass it keeps the points, no row's copy."""
-
-    @staticmethod
-    def forward(ctx, masks: Tensor, rows: Tensor, points: Tensor) -> Tensor:
-        ctx.save_for_backward(masks, rows, points)
-        return F.grid_sample(*_rows_and_grid(masks, rows, points), align_corners=False)[:, 0, :, 0]  # (M, P)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        masks, rows, points = ctx.saved_tensors
-        # What autograd calls for `grid_sample` (bilinear, zeros outside, no gradient of the grid).
-        grad_rows, _ = torch.ops.aten.grid_sampler_2d_backward(
-            grad[:, None, :, None].contiguous(), *_rows_and_grid(masks, rows, points), 0, 0, False, [True, False]
-        )
-        # Row -1 comes last and is cut off.
-        grad_masks = masks.new_zeros(masks.shape[:2].numel() + 1, *masks.shape[2:])
-        grad_masks.index_copy_(0, rows % len(grad_masks), grad_rows[:, 0].to(masks.dtype))
-        return grad_masks[:-1].view(masks.shape), None, None
-
-
-def _rows_and_grid(masks: Tensor, rows: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    chosen = masks.flatten(0, 1).index_select(0, rows.clamp(min=0)).to(points.dtype)
-    return chosen[:, None], (2 * points - 1)[:, :, None]  # (M, 1, h, w), (M, P, 1, 2)
-
-
-def sample_queries(masks: Tensor, rows: Tensor, points: Tensor) -> Tensor:
-    """Sample the mask logits of some queries, each at its own points; differentiable in the masks.
-
-    Args:
-        masks: (B, Q, h, w), any float type.
-        rows: (M,) int64, ``image * Q + query``, no query twice; -1 = row 0 without a gradient.
-        points: (M, P, 2), float32 or float64: the type that is computed in.
-
-    Returns:
-        (M, P) of the type of ``points``.
-    """
-    return _SampleQueries.apply(masks, rows, points)
-
-
-def bilinear_corners(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return the four pixels around points (..., 2), numbered row by row, and their weights: (..., 4) int64 and float."""
-    columns, rows = _axis(points[..., 0], width), _axis(points[..., 1], height)
-    pixels = [row * width + column for row, _ in rows for column, _ in columns]
-    weights = [down * across for _, down in rows for _, across in columns]
-    return torch.stack(pixels, -1), torch.stack(weights, -1)
-
-
-def _axis(x: Tensor, side: int) -> list[tuple[Tensor, Tensor]]:
-    """Return the pixel before and the one after x in [0, 1), each with its linear weight; outside the weight is 0."""
-    at = x * side - 0.5
-    floor = at.floor()
-    after, first = at - floor, floor.long()
-    before = (1 - after) * (first >= 0)
-    return [(first.clamp(min=0), before), ((first + 1).clamp(max=side - 1), after * (first + 1 < side))]
-
-
-def uncertain_points(logits: Tensor, points: Tensor, count: int) -> Tensor:
-    """Keep the points whose logits are nearest to 0.
-
-    Args:
-        logits: (M, K), at the points.
-        points: (M, K, 2).
-        count: how many to keep, at most K.
-
-    Returns:
-        (M, count, 2), in no order.
-    """
-    # The bits of non-negative floats are in the order of their values, and integers are compared in 2/3 of the time.
-    bits = logits.abs().view(torch.int64 if logits.dtype == torch.float64 else torch.int32)
-    index = bits.topk(count, dim=1, largest=False, sorted=False).indices  # (M, count)
-    # As complex numbers both coordinates move at once.
-    return torch.view_as_real(torch.view_as_complex(points).gather(1, index))
+MAX_SOLVERS = 8
+"""Threads that solve assignments at the same time."""
 
 
 # Matching -------------------------------------------------------------------------------------------------------------
 
 
-def class_cost(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return minus the probability (..., Q, N) of every target's class (N,) under class logits (..., Q, C + 1)."""
-    return -logits.softmax(-1).index_select(-1, labels)
-
-
-def _sum_softplus(logits: Tensor, probs: Tensor) -> Tensor:
-    """Return sum_p log(1 + exp(x)) (Q,) of logits (P, Q) and their sigmoids, which it overwrites.
-
-    log(1 + exp(x)) = max(x, 0) - log max(s, 1 - s): one logarithm of a product serves `GROUP` points.
-    """
-    factors = probs.sub_(0.5).abs_().add_(0.5)  # (P, Q), max(s, 1 - s)
-    whole = len(factors) // GROUP * GROUP
-    products = torch.cat([factors[:whole].unflatten(0, (-1, GROUP)).prod(1), factors[whole:].prod(0, keepdim=True)])
-    return logits.clamp_(min=0).sum(0) - products.log_().sum(0)
-
-
-def mask_costs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean binary cross entropy and the dice cost, each (Q, N), of every query with every target.
-
-    The cross entropy of logits x with targets y is log(1 + exp(x)) - x y: one sum a query and one product.
+def class_costs(logits: Tensor, labels: list[Tensor]) -> Tensor:
+    """Return minus the probability of every target's class for every query of its image.
 
     Args:
-        logits: (P, Q), overwritten.
-        targets: (N, P), 0..1.
+        logits: (S, B, Q, C + 1).
+        labels: per image (N,) int64.
+
+    Returns:
+        (S, T, Q).
     """
-    probs = logits.sigmoid()  # (P, Q)
-    overlap, agreement = targets @ probs, targets @ logits  # (N, Q)
-    size = probs.sum(0) + targets.sum(1)[:, None]  # (N, Q)
-    bce = (_sum_softplus(logits, probs) - agreement) / len(logits)
-    dice = 1 - (2 * overlap + DICE_SMOOTH) / (size + DICE_SMOOTH)
-    return bce.T, dice.T
+    probs = logits.softmax(-1).mT  # (S, B, C + 1, Q)
+    return -torch.cat([table.index_select(1, label) for table, label in zip(probs.unbind(1), labels, strict=True)], 1)
 
 
-def image_mask_costs(masks: list[Tensor], targets: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `mask_costs` of one image in every set, each (S, Q, N).
-
-    Args:
-        masks: per set (Q, h, w) logits, any float type.
-        targets: (N, H, W) bool or uint8.
-        points: (S, P, 2), float32 or float64: the type that is computed in.
-    """
-    queries, *size = masks[0].shape
-    samples = sample_targets(targets, points.flatten(0, 1)[None]).unflatten(1, points.shape[:2])  # (N, S, P)
-    pixels, weights = bilinear_corners(points, *size)  # (S, P, 4)
-    table = points.new_empty(size[0] * size[1], queries)
-    costs = []
-    for s, mask in enumerate(masks):
-        table.copy_(mask.flatten(1).T)
-        logits = F.embedding_bag(pixels[s], table, per_sample_weights=weights[s], mode="sum")  # (P, Q)
-        costs.append(mask_costs(logits, samples[:, s]))
-    bce, dice = zip(*costs, strict=True)
-    return torch.stack(bce), torch.stack(dice)
-
-
-def match_sets(costs: list[Tensor], labels: list[Tensor], num_classes: int) -> Tensor:
+def match_sets(costs: Tensor, labels: list[Tensor], num_classes: int) -> Tensor:
     """Match every image's queries and targets in every set; costs and labels reach the CPU in one transfer.
 
     Args:
-        costs: per image (S, Q, N).
+        costs: (S, T, Q).
         labels: per image (N,) int64; they only travel along to be checked.
         num_classes: C.
 
@@ -209,17 +73,40 @@ def match_sets(costs: list[Tensor], labels: list[Tensor], num_classes: int) -> T
         ValueError: a label lies outside 0..C-1.
         FloatingPointError: a cost is NaN or infinite; set, image, query and target are named.
     """
-    num_sets, queries = costs[0].shape[:2]
     counts = [len(label) for label in labels]
-    parts = [cost.flatten() for cost in costs] + [label.to(costs[0].dtype) for label in labels]
-    *tables, host_labels = torch.cat(parts).cpu().split([cost.numel() for cost in costs] + [sum(counts)])
-    _check_labels(host_labels.split(counts), num_classes)
-    rows = torch.full((num_sets, sum(counts)), -1)
-    for image, (table, columns) in enumerate(zip(tables, rows.split(counts, dim=1), strict=True)):
-        for s, cost in enumerate(table.view(num_sets, queries, -1) if len(table) else []):
-            query, target = hungarian_match(cost, f"{_set_name(s)}, image {image}")
-            columns[s, target] = image * queries + query
-    return rows.to(costs[0].device, non_blocking=True)
+    sent = torch.cat([costs.flatten(), *(label.to(costs.dtype) for label in labels)]).cpu()  # the host waits here
+    table, host_labels = sent.split([costs.numel(), sum(counts)])
+    return upload(_assign(table.view(costs.shape), host_labels.split(counts), num_classes), costs.device)
+
+
+def _assign(costs: Tensor, labels: tuple[Tensor, ...], num_classes: int) -> Tensor:
+    """`match_sets` on the host."""
+    from scipy.optimize import linear_sum_assignment
+
+    _check_labels(labels, num_classes)
+    if not costs.isfinite().all():
+        _name_infinite(costs, [len(label) for label in labels])
+    ends = list(accumulate((len(label) for label in labels), initial=0))
+    rows = torch.full(costs.shape[:2], -1)
+    table, found = costs.numpy(), rows.numpy()
+
+    def solve(place: tuple[int, int]) -> None:
+        number, image = place
+        part = slice(ends[image], ends[image + 1])
+        targets, queries = linear_sum_assignment(table[number, part])
+        found[number, part][targets] = image * costs.shape[2] + queries
+
+    places = [(s, image) for s in range(len(costs)) for image, label in enumerate(labels) if len(label)]
+    # SciPy lets go of the interpreter's lock while it solves.
+    with ThreadPoolExecutor(min(MAX_SOLVERS, os.cpu_count() or 1)) as pool:
+        list(pool.map(solve, places))
+    return rows
+
+
+def _name_infinite(costs: Tensor, counts: list[int]) -> None:
+    for s, table in enumerate(costs):
+        for image, cost in enumerate(table.split(counts)):
+            hungarian_match(cost.T, f"{_set_name(s)}, image {image}")  # raises
 
 
 def _set_name(number: int) -> str:
@@ -253,27 +140,6 @@ def class_loss(logits: Tensor, labels: Tensor, no_object_weight: float) -> Tenso
     return (loss * weight).sum((1, 2)) / weight.sum((1, 2))
 
 
-def mask_loss(logits: Tensor, targets: Tensor, matched: Tensor, num_masks: Tensor | float) -> Tensor:
-    """Return every set's binary cross entropy (S,): mean over points, sum over masks, divided by ``num_masks``.
-
-    Args:
-        logits: (S, T, P).
-        targets: (S, T, P), 0..1.
-        matched: (S, T) bool, masks that count.
-        num_masks: the divisor.
-    """
-    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(2)  # (S, T)
-    return (loss * matched).sum(1) / num_masks
-
-
-def dice_loss(logits: Tensor, targets: Tensor, matched: Tensor, num_masks: Tensor | float) -> Tensor:
-    """Return every set's dice loss (S,), summed over masks and divided by ``num_masks``; arguments as `mask_loss`."""
-    probs = logits.sigmoid()
-    overlap, size = (probs * targets).sum(2), probs.sum(2) + targets.sum(2)  # (S, T)
-    loss = 1 - (2 * overlap + DICE_SMOOTH) / (size + DICE_SMOOTH)
-    return (loss * matched).sum(1) / num_masks
-
-
 # The criterion --------------------------------------------------------------------------------------------------------
 
 
@@ -301,7 +167,7 @@ def check_targets(outputs: dict, targets: list[dict], num_classes: int) -> None:
 def _query_labels(rows: Tensor, labels: Tensor, queries: int, num_classes: int) -> Tensor:
     """Return the class (S, queries) of every query, C = no object, of each target's row (S, T) and label (T,)."""
     classes = labels.new_full((len(rows), queries + 1), num_classes)  # the last column takes targets without a query
-    classes.scatter_(1, torch.where(rows < 0, queries, rows), labels.expand(len(rows), -1))
+    classes.scatter_(1, rows.masked_fill(rows < 0, queries), labels.expand(len(rows), -1))
     return classes[:, :-1]
 
 
@@ -388,14 +254,13 @@ class Mask2FormerCriterion(nn.Module):
     def _match(self, logits: Tensor, sets: list[dict], targets: list[dict], points: Points) -> Tensor:
         shape = (len(targets), self.num_points, 2)
         shared = torch.stack([points("matching", s, shape) for s in range(len(sets))], 1)  # (B, S, P, 2)
-        costs = []
-        for image, target in enumerate(targets):
-            masks = [output["pred_masks"][image] for output in sets]
-            bce, dice = image_mask_costs(masks, target["masks"], shared[image])
-            # Labels out of range would stop a GPU for good before `match_sets` can name them.
-            classes = class_cost(logits[:, image], target["labels"].clamp(0, self.num_classes - 1))
-            costs.append(self.mask_weight * bce + self.class_weight * classes + self.dice_weight * dice)
-        return match_sets(costs, [target["labels"] for target in targets], self.num_classes)
+        masks = [output["pred_masks"] for output in sets]
+        bce, dice = point_matching_costs(masks, [target["masks"] for target in targets], shared)  # (S, T, Q)
+        labels = [target["labels"] for target in targets]
+        # Labels out of range would stop a GPU for good before `match_sets` can name them.
+        classes = class_costs(logits, [label.clamp(0, self.num_classes - 1) for label in labels])
+        costs = self.mask_weight * bce + self.class_weight * classes + self.dice_weight * dice
+        return match_sets(costs, labels, self.num_classes)
 
     def _class_terms(self, logits: Tensor, rows: Tensor, targets: list[dict]) -> dict[str, Tensor]:
         labels = torch.cat([target["labels"] for target in targets])
@@ -405,15 +270,18 @@ class Mask2FormerCriterion(nn.Module):
 
     def _mask_terms(self, sets: list[dict], rows: Tensor, targets: list[dict], points: Points) -> dict[str, Tensor]:
         masks = [output["pred_masks"] for output in sets]
-        chosen = torch.stack([self._choose(s, m, rows[s], points) for s, m in enumerate(masks)], 1)  # (T, S, P, 2)
-        logits = torch.stack([sample_queries(m, rows[s], chosen[:, s]) for s, m in enumerate(masks)])  # (S, T, P)
-        split = zip(targets, chosen.flatten(1, 2).split([len(t["labels"]) for t in targets]), strict=True)
-        samples = torch.cat([sample_targets(target["masks"], part) for target, part in split])  # (T, S P)
-        samples = samples.view(*chosen.shape[:3]).transpose(0, 1)  # (S, T, P)
-        num_masks = average_targets(len(chosen), logits)
+        chosen = [self._choose(s, m, rows[s], points) for s, m in enumerate(masks)]  # S of (T, P, 2)
+        logits = [sample_points(m, at, row) for m, at, row in zip(masks, chosen, rows, strict=True)]
+        logits = torch.stack(logits, 1)  # (T, S, P)
+        split = torch.cat(chosen, 1).split([len(target["labels"]) for target in targets])  # B of (N, S P, 2)
+        pairs = zip(targets, split, strict=True)
+        samples = torch.cat([sample_points(target["masks"], at) for target, at in pairs]).view(logits.shape)
+        bce, dice = point_mask_losses(logits, samples)  # (T, S)
+        matched = (rows >= 0).T
+        num_masks = average_targets(len(logits), logits)
         return {
-            "loss_mask": self.mask_weight * mask_loss(logits, samples, rows >= 0, num_masks),
-            "loss_dice": self.dice_weight * dice_loss(logits, samples, rows >= 0, num_masks),
+            "loss_mask": self.mask_weight * (bce * matched).sum(0) / num_masks,
+            "loss_dice": self.dice_weight * (dice * matched).sum(0) / num_masks,
         }
 
     @torch.no_grad()
@@ -421,7 +289,7 @@ class Mask2FormerCriterion(nn.Module):
         """Return the points (T, P, 2) of one set's losses."""
         candidates = points("candidates", number, (len(rows), self.num_candidates, 2))
         random = points("random", number, (len(rows), self.num_points - self.num_uncertain, 2))
-        kept = uncertain_points(sample_queries(masks, rows, candidates), candidates, self.num_uncertain)
+        kept = uncertain_points(sample_points(masks, candidates, rows), candidates, self.num_uncertain)
         return torch.cat([kept, random], 1)
 
 

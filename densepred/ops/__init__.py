@@ -5,6 +5,12 @@ from densepred.ops.criss_cross_attention import criss_cross_attention, criss_cro
 from densepred.ops.kmeans_attention import kmeans_attention
 from densepred.ops.modulated_deform_conv2d import ModulatedDeformConv2d, modulated_deform_conv2d
 from densepred.ops.ms_deform_attn import ms_deform_attn
+from densepred.ops.point_sample_mask_loss import (
+    point_mask_losses,
+    point_matching_costs,
+    sample_points,
+    uncertain_points,
+)
 from densepred.ops.polygon_iou import polygon_areas, polygon_iou
 from densepred.ops.varying_window_attention import varying_window_attention
 
@@ -16,8 +22,12 @@ __all__ = [
     "kmeans_attention",
     "modulated_deform_conv2d",
     "ms_deform_attn",
+    "point_mask_losses",
+    "point_matching_costs",
     "polygon_areas",
     "polygon_iou",
     "route_regions",
+    "sample_points",
+    "uncertain_points",
     "varying_window_attention",
 ]

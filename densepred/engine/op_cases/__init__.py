@@ -6,6 +6,7 @@ from densepred.engine.op_cases import (
     kmeans_attention,
     modulated_deform_conv2d,
     ms_deform_attn,
+    point_sample_mask_loss,
     varying_window_attention,
 )
 from densepred.engine.op_cases.case import OpCase
@@ -16,6 +17,7 @@ CASES: tuple[OpCase, ...] = (
     *kmeans_attention.CASES,
     *ms_deform_attn.CASES,
     *modulated_deform_conv2d.CASES,
+    *point_sample_mask_loss.CASES,
     *varying_window_attention.CASES,
 )
 """In the order of the table."""
