@@ -140,6 +140,22 @@ def test_taps_that_lie_nowhere_do_not_count(far, size):
     assert not grad_offset[:, ::4].any() and grad_offset.isfinite().all()
 
 
+def test_one_tap_and_pixel_of_several_groups():
+    """Sides of 1 leave memory layouts ambiguous: a view of the offsets' gradient once failed."""
+    tensors = dict(
+        x=torch.ones(2, 2, 1, 1),
+        offset=torch.full((2, 4, 1, 1), 0.25),
+        mask=torch.ones(2, 2, 1, 1),
+        weight=torch.ones(2, 1, 1, 1),
+        bias=torch.zeros(2),
+    )
+    out, _, grad_offset, grad_mask, *_ = results(tensors, groups=2, deform_groups=2)
+    torch.testing.assert_close(out, torch.full_like(out, 0.5625))
+    slope = torch.linspace(-1, 1, 4).view(2, 2, 1, 1)
+    torch.testing.assert_close(grad_mask, 0.5625 * slope)
+    torch.testing.assert_close(grad_offset, -0.75 * slope.repeat_interleave(2, 1))
+
+
 def test_layouts_and_blocks_change_nothing(monkeypatch):
     tensors = problem()
     expected = results(tensors)
@@ -283,6 +299,8 @@ def test_the_module_starts_as_half_a_convolution():
         ({"x": torch.zeros(6, 5, 4)}, r"x \(6, 5, 4\) must be \(B, C, H, W\)"),
         ({"offset": torch.zeros(2, 18, 3, 6)}, r"offset is \(2, 18, 3, 6\), but \(2, 36, 3, 6\) goes with"),
         ({"mask": torch.zeros(2, 18, 3, 5)}, r"mask is \(2, 18, 3, 5\), but \(2, 18, 3, 6\)"),
+        ({"offset": torch.zeros(2, 36, 3, 6, dtype=torch.long)}, r"offset is torch.int64, it must be a float"),
+        ({"mask": torch.zeros(2, 18, 3, 6, device="meta")}, r"mask is on meta, x on cpu: move them"),
         ({"bias": torch.zeros(5)}, r"bias is \(5,\), but \(4,\)"),
         ({"weight": torch.zeros(4, 6, 3, 2)}, r"groups=2 .* weight \(4, 6, 3, 2\) must have 6 / groups"),
         ({"deform_groups": 4}, r"deform_groups=4 must divide the 6 channels"),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from densepred.ops.backend import check_tensors, uses_triton
 from densepred.ops.precision import sum_dtype
 
 _BLOCK = {"cpu": 1 << 20}
@@ -195,7 +196,7 @@ def _sample_and_multiply_backward(
 
     gradients = (
         grad_table.view(batch, *size, channels).permute(0, 3, 1, 2),
-        torch.stack([as_map(grad_y), as_map(grad_x)], 3).view(offset.shape),
+        torch.stack([as_map(grad_y), as_map(grad_x)], 3).reshape(offset.shape),
         as_map(grad_mask).reshape(mask.shape),
         grad_matrices.view(outputs, *kernel, -1).permute(0, 3, 1, 2),
     )
@@ -250,6 +251,15 @@ class Backend(NamedTuple):
 _EAGER = Backend(_sample_and_multiply, _sample_and_multiply_backward)
 
 
+def _implementation(*tensors: Tensor) -> Backend:
+    if all(tensor.numel() for tensor in tensors) and uses_triton("modulated_deform_conv2d", tensors):
+        from densepred.ops.kernels import modulated_deform_conv2d as kernels  # lazily: Triton need not be installed
+
+        fixed_order = torch.are_deterministic_algorithms_enabled()
+        return Backend(kernels.forward, _EAGER.backward if fixed_order else kernels.backward)
+    return _EAGER
+
+
 @torch.library.custom_op("densepred::modulated_deform_conv2d", mutates_args=())
 def _modulated_deform_conv2d(
     x: Tensor,
@@ -264,7 +274,7 @@ def _modulated_deform_conv2d(
     deform_groups: int,
 ) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        implementation = _EAGER
+        implementation = _implementation(x, offset, mask, weight, *([] if bias is None else [bias]))
         grid = _Grid(stride, padding, dilation, groups, deform_groups)
         return implementation.forward(x, offset, mask, weight, bias, grid)
 
@@ -283,7 +293,7 @@ def _modulated_deform_conv2d_backward(
     deform_groups: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        implementation = _EAGER
+        implementation = _implementation(x, offset, mask, weight, grad)
         grid = _Grid(stride, padding, dilation, groups, deform_groups)
         return implementation.backward(grad, x, offset, mask, weight, grid)
 
@@ -312,7 +322,7 @@ def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     gradients = _modulated_deform_conv2d_backward(grad, *ctx.saved_tensors, *ctx.grid)
-    grad_bias = None if ctx.bias_dtype is None else grad.sum((0, 2, 3)).to(ctx.bias_dtype)
+    grad_bias = None if ctx.bias_dtype is None else grad.sum((0, 2, 3), dtype=sum_dtype(grad)).to(ctx.bias_dtype)
     return *gradients, grad_bias, *(None for _ in ctx.grid)
 
 
@@ -337,6 +347,11 @@ def modulated_deform_conv2d(
     that of the bilinear interpolation, at whole pixels the right-hand one, and 0 for taps that do not count. The sums run
     in float32 (float64 where an input is), also under autocast. A gradient of a gradient is not implemented.
 
+    The Triton kernels round what is sampled, and the weight, to the dtype of ``x`` before they multiply.
+
+    Determinism: the forward always; of the backward all but the kernels' gradient of ``x``, which is added up atomically.
+    Under ``torch.use_deterministic_algorithms(True)`` the backward is the eager one, which sorts instead.
+
     Args:
         x: (B, C, H, W), any float dtype, fastest if channels-last.
         offset: (B, 2 * deform_groups * kh * kw, h, w) in input pixels, channels ``2 * (d * kh * kw + ky * kw + kx)`` for y
@@ -356,6 +371,7 @@ def modulated_deform_conv2d(
     """
     stride, padding, dilation = (_pair(number) for number in (stride, padding, dilation))
     grid = _Grid(stride, padding, dilation, groups, deform_groups)
+    check_tensors("modulated_deform_conv2d", x=x, offset=offset, mask=mask, weight=weight, bias=bias)
     _check_shapes(x, offset, mask, weight, bias, grid)
     return _modulated_deform_conv2d(x, offset, mask, weight, bias, *grid)
 
