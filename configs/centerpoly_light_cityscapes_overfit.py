@@ -10,7 +10,7 @@ _base_ = [
     "_base_/schedules/small_sets.py",
 ]
 
-image_size = (384, 768)
+image_size = (256, 512)
 dataset_type = "CityscapesInstances"
 indices = 8
 val_split = "train"
