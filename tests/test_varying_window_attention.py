@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densepred.ops import varying_window_attention
-from densepred.ops.varying_window_attention import _phases
+from densepred.ops.varying_window_attention import phases
 from tests import parity
 
 MODULE = sys.modules[varying_window_attention.__module__]
@@ -89,8 +89,8 @@ def test_contexts_are_plain_slices_of_few_tokens(side, ratio):
     """Every window reads blocks in a row; where R divides the side, the map has about as many blocks as it is long by R."""
     line = torch.arange(8.0 * side).expand(1, 1, 8, -1)
     expected = contexts(line, (1, ratio), (8, 8))[0, 0].numpy()  # (windows, 1, p, R)
-    phases, seen = _phases(side, 8, ratio), 0
-    for phase in phases:
+    found, seen = phases(side, 8, ratio), 0
+    for phase in found:
         blocks = np.array(phase.positions).reshape(-1, ratio)
         assert len(np.unique(blocks, axis=0)) == len(blocks)
         for first, window in zip(phase.firsts, range(8)[phase.windows], strict=True):
@@ -99,12 +99,12 @@ def test_contexts_are_plain_slices_of_few_tokens(side, ratio):
             seen += 1
     assert seen == 8
     if side % ratio == 0:
-        tokens = sum(len(phase.positions) for phase in phases) // ratio
-        assert len(phases) == 1 and 8 * side // ratio <= tokens <= 8 * side // ratio + 2
+        tokens = sum(len(phase.positions) for phase in found) // ratio
+        assert len(found) == 1 and 8 * side // ratio <= tokens <= 8 * side // ratio + 2
 
 
 def test_with_as_many_windows_as_the_ratio_all_share_one_context():
-    (phase,) = _phases(8, 8, 8)
+    (phase,) = phases(8, 8, 8)
     assert set(phase.firsts) == {0} and len(phase.positions) == 64
 
 
@@ -170,9 +170,11 @@ def test_registered_as_an_operator(ratio):
         list(windows),
     )
     torch.library.opcheck(torch.ops.densepred.varying_window_attention.default, arguments)
-    grad = torch.randn(arguments[0].shape)
     plain = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
-    torch.library.opcheck(torch.ops.densepred.varying_window_attention_backward.default, (grad, *plain))
+    results = torch.ops.densepred.varying_window_attention(*plain)
+    grad, tensors = torch.randn(arguments[0].shape), plain[:4]
+    arguments = (grad, *tensors, *results, *plain[4:])
+    torch.library.opcheck(torch.ops.densepred.varying_window_attention_backward.default, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from densepred.ops.backend import check_tensors, uses_triton
 from densepred.ops.precision import sum_dtype
 
 MOST_SCORES = {"cpu": 2**18, "cuda": 2**25}
 """Attention scores that are held at a time: what a core's cache holds, and what a GPU does at once."""
 
 
-class _Phase(NamedTuple):
+class Phase(NamedTuple):
     """The windows along one axis whose blocks start at the same remainder by the ratio."""
 
     windows: slice
@@ -38,8 +39,14 @@ class _Phase(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _phases(side: int, windows: int, ratio: int) -> tuple[_Phase, ...]:
-    """Return what the windows along an axis see, each position of which is one of the map's."""
+def phases(side: int, windows: int, ratio: int) -> tuple[Phase, ...]:
+    """Return what the windows along an axis see, each position of which is one of the map's.
+
+    Args:
+        side: p, a window's positions along the axis.
+        windows: their number.
+        ratio: R.
+    """
     length, reach, near = side * windows, ratio * side, (ratio + 1) * side // 2
     line = list(range(length))
     # A context wider than the map: the borders are taken from the map amid zeros.
@@ -55,7 +62,7 @@ def _phases(side: int, windows: int, ratio: int) -> tuple[_Phase, ...]:
     )
 
 
-def _phase(windows: slice, contexts: list[list[tuple[int, ...]]], shared: bool) -> _Phase:
+def _phase(windows: slice, contexts: list[list[tuple[int, ...]]], shared: bool) -> Phase:
     def place(block: tuple[int, ...]) -> int:  # a block over the seam of a rotation goes to that end of the map
         return block[-1] - len(block) + 1 if 0 in block else block[0]
 
@@ -65,10 +72,10 @@ def _phase(windows: slice, contexts: list[list[tuple[int, ...]]], shared: bool) 
     else:
         order = [block for context in contexts for block in context]
         firsts = tuple(i * len(contexts[0]) for i in range(len(contexts)))
-    return _Phase(windows, tuple(position for block in order for position in block), firsts)
+    return Phase(windows, tuple(position for block in order for position in block), firsts)
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """The sizes of one call; (y, x) each."""
 
     heads: int
@@ -82,8 +89,8 @@ class _Layout(NamedTuple):
         tokens = tokens.unflatten(3, (self.heads, -1)).unflatten(2, (columns, width))
         return tokens.unflatten(1, (rows, height))
 
-    def phases(self) -> Iterator[tuple[_Phase, _Phase]]:
-        down, across = (_phases(*numbers) for numbers in zip(self.side, self.windows, self.ratio, strict=True))
+    def phases(self) -> Iterator[tuple[Phase, Phase]]:
+        down, across = (phases(*numbers) for numbers in zip(self.side, self.windows, self.ratio, strict=True))
         return ((rows, columns) for rows in down for columns in across)
 
 
@@ -105,7 +112,7 @@ class _Line(NamedTuple):
         return [rows[:, :, first : first + side[1]] for first in self.first_columns]
 
 
-def _lines(rows: _Phase, columns: _Phase) -> list[_Line]:
+def _lines(rows: Phase, columns: Phase) -> list[_Line]:
     firsts = columns.firsts[:1] if len(set(columns.firsts)) == 1 else columns.firsts
     return [_Line(number, first, firsts) for number, first in enumerate(rows.firsts)]
 
@@ -133,7 +140,7 @@ def _weights(queries: Tensor, keys: Tensor) -> Tensor:
     return scores.to(sum_dtype(scores)).softmax(-1)
 
 
-def _indices(phase: _Phase, device: torch.device) -> Tensor:
+def _indices(phase: Phase, device: torch.device) -> Tensor:
     return torch.tensor(phase.positions, device=device)
 
 
@@ -163,8 +170,8 @@ def _attend(
     context: Tensor,
     weight: Tensor,
     bias: Tensor,
-    layout: _Layout,
-) -> Tensor:
+    layout: Layout,
+) -> tuple[Tensor, Tensor]:
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     queries, outputs, scale = layout.windowed(query), layout.windowed(out), _scale(query, layout)
     for rows, columns in layout.phases():
@@ -178,11 +185,23 @@ def _attend(
             for n, part in _chunks(q, k):  # the output takes the query's place
                 q[n, part] = torch.bmm(_weights(q[n, part], k[n]).to(v.dtype), v[n])
             line.queries(outputs[here]).copy_(q.view(chosen.shape))
-    return out
+    return out, _no_sums(query, layout.heads)
+
+
+def _no_sums(query: Tensor, heads: int) -> Tensor:
+    """Return zeros in the place of the log-sum-exps, which the eager backward forms itself."""
+    return query.new_zeros(len(query), heads, *query.shape[1:3], dtype=torch.float32)
 
 
 def _attend_backward(
-    grad: Tensor, query: Tensor, context: Tensor, weight: Tensor, bias: Tensor, layout: _Layout
+    grad: Tensor,
+    query: Tensor,
+    context: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    _out: Tensor,
+    _lse: Tensor,
+    layout: Layout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype, scale = sum_dtype(query), _scale(query, layout)
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -202,7 +221,9 @@ def _attend_backward(
             gradients = _softmax_backward(q, k, v, g)
             line.queries(found[here]).copy_(q.mul_(scale).view(chosen.shape))
             for grid, gradient in zip(summed.unbind(3), gradients, strict=True):
-                parts = gradient.unflatten(1, layout.side).unflatten(0, (len(query), layout.heads, -1))
+                parts = gradient.unflatten(1, layout.side).unflatten(
+                    0, (len(query), layout.heads, len(line.first_columns))
+                )
                 for place, part in zip(line.contexts(grid, layout.side), parts.unbind(2), strict=True):
                     place += part.permute(0, 2, 3, 1, 4)
         del keys, values
@@ -229,32 +250,44 @@ def _softmax_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Te
     return grad_k, grad_v
 
 
-def _scale(query: Tensor, layout: _Layout) -> float:
+def _scale(query: Tensor, layout: Layout) -> float:
     return (query.shape[-1] // layout.heads) ** -0.5
 
 
 class Backend(NamedTuple):
-    """The two halves of one implementation; the backward's first argument is its gradient."""
+    """The two halves of one implementation.
 
-    forward: Callable[[Tensor, Tensor, Tensor, Tensor, _Layout], Tensor]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, _Layout], tuple[Tensor, Tensor, Tensor, Tensor]]
+    The forward returns the output and the log-sum-exps of its scores (B, heads, h, w), in whatever unit its backward
+    reads; the backward takes the output's gradient, the arguments, both results and the sizes.
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor, Tensor, Layout], tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 _EAGER = Backend(_attend, _attend_backward)
 
 
-def _layout(query: Tensor, heads: int, ratio: list[int], windows: list[int]) -> _Layout:
+def _implementation(query: Tensor, *others: Tensor) -> Backend:
+    if query.numel() and uses_triton("varying_window_attention", (query, *others)):
+        from densepred.ops.kernels import varying_window_attention as kernels  # lazily: Triton need not be installed
+
+        return Backend(kernels.forward, kernels.backward)
+    return _EAGER
+
+
+def _layout(query: Tensor, heads: int, ratio: list[int], windows: list[int]) -> Layout:
     side = (query.shape[1] // windows[0], query.shape[2] // windows[1])
-    return _Layout(heads, tuple(ratio), tuple(windows), side)
+    return Layout(heads, tuple(ratio), tuple(windows), side)
 
 
 @torch.library.custom_op("densepred::varying_window_attention", mutates_args=())
 def _varying_window_attention(
     query: Tensor, context: Tensor, weight: Tensor, bias: Tensor, heads: int, ratio: list[int], windows: list[int]
-) -> Tensor:
-    backend = _EAGER
+) -> tuple[Tensor, Tensor]:
+    tensors = (query, context, weight, bias)
     with torch.autocast(query.device.type, enabled=False):
-        return backend.forward(query, context, weight, bias, _layout(query, heads, ratio, windows))
+        return _implementation(*tensors).forward(*tensors, _layout(query, heads, ratio, windows))
 
 
 @torch.library.custom_op("densepred::varying_window_attention_backward", mutates_args=())
@@ -264,33 +297,39 @@ def _varying_window_attention_backward(
     context: Tensor,
     weight: Tensor,
     bias: Tensor,
+    out: Tensor,
+    lse: Tensor,
     heads: int,
     ratio: list[int],
     windows: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backend = _EAGER
+    tensors = (query, context, weight, bias)
     with torch.autocast(query.device.type, enabled=False):
-        return backend.backward(grad, query, context, weight, bias, _layout(query, heads, ratio, windows))
+        backward = _implementation(*tensors).backward
+        return backward(grad, *tensors, out, lse, _layout(query, heads, ratio, windows))
 
 
 @_varying_window_attention.register_fake
-def _output_shape(query: Tensor, _c: Tensor, _w: Tensor, _b: Tensor, _h: int, _r: list[int], _n: list[int]) -> Tensor:
-    return query.new_empty(query.shape)
+def _result_shapes(
+    query: Tensor, _c: Tensor, _w: Tensor, _b: Tensor, heads: int, _r: list[int], _n: list[int]
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), _no_sums(query, heads)
 
 
 @_varying_window_attention_backward.register_fake
 def _gradient_shapes(
-    _grad: Tensor, query: Tensor, context: Tensor, weight: Tensor, bias: Tensor, _h: int, _r: list[int], _n: list[int]
+    _grad: Tensor, query: Tensor, context: Tensor, weight: Tensor, bias: Tensor, *_others: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in (query, context, weight, bias))
 
 
-def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
+def _save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.mark_non_differentiable(output[1])
     ctx.sizes = inputs[4:]
 
 
-def _gradients(ctx, grad: Tensor) -> tuple:
+def _gradients(ctx, grad: Tensor, _grad_lse: Tensor) -> tuple:
     return (*_varying_window_attention_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None)
 
 
@@ -313,6 +352,8 @@ def varying_window_attention(
     R positions. The scores are scaled by the root of a head's channels. Under autocast everything takes the query's
     dtype; the softmax and the sums over windows run in float32 at least. A gradient of a gradient is not implemented.
 
+    Determinism: every gradient is the same from run to run, bit for bit: nothing is summed by atomics.
+
     Args:
         query: (B, C, h, w), the projected queries, any float dtype; h and w are multiples of ``windows``.
         context: (B, C / (Ry Rx), h, w), the embedded map that contexts are cut from.
@@ -329,9 +370,10 @@ def varying_window_attention(
     Raises:
         ValueError: shapes that disagree.
     """
+    check_tensors("varying_window_attention", query=query, context=context, weight=weight, bias=bias)
     _check_shapes(query, context, weight, bias, num_heads, ratio, windows)
     context, weight, bias = (tensor.to(query.dtype) for tensor in (context, weight, bias))
-    out = _varying_window_attention(
+    out, _ = _varying_window_attention(
         query.permute(0, 2, 3, 1), context, weight, bias, num_heads, list(ratio), list(windows)
     )
     return out.permute(0, 3, 1, 2)
@@ -373,4 +415,4 @@ def _check_shapes(
             )
 
 
-__all__ = ["Backend", "varying_window_attention"]
+__all__ = ["Backend", "Layout", "phases", "varying_window_attention"]

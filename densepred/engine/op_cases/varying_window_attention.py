@@ -38,7 +38,20 @@ def varying_window_by_unfold(
     return out.permute(0, 3, 6, 1, 4, 2, 5).reshape(query.shape)
 
 
-def _varying_window_case(height: int, width: int, channels: int, ratio: int, heads: int) -> OpCase:
+def varying_window_flops(ratio: int, query: Tensor, _context: Tensor, weight: Tensor, _bias: Tensor) -> tuple[int, int]:
+    """Return the operations of the forward pass and of both, every token projected once.
+
+    The backward pass forms the scores and the weights' gradients again, and three gradients; the projection two.
+    """
+    pixels, channels = query[:, 0].numel(), query.shape[1]
+    product = 2 * pixels * (query[0, 0].numel() // 64) * channels  # of all queries and keys
+    projection = 2 * (pixels // ratio**2) * weight.numel()
+    return 2 * product + projection, 7 * product + 3 * projection
+
+
+def _varying_window_case(
+    height: int, width: int, channels: int, ratio: int, heads: int, devices: tuple[str, ...] = ("cpu", "cuda")
+) -> OpCase:
     return OpCase(
         "varying_window_attention",
         f"{height}x{width}x{channels}, ratio {ratio}, {heads} head{'s'[: heads - 1]}",
@@ -47,6 +60,8 @@ def _varying_window_case(height: int, width: int, channels: int, ratio: int, hea
         lambda *arguments: varying_window_attention(*arguments, heads, (ratio, ratio)),
         lambda *arguments: varying_window_by_unfold(*arguments, heads, ratio),
         (0, 1, 2, 3),
+        partial(varying_window_flops, ratio),
+        devices,
     )
 
 
@@ -54,4 +69,6 @@ CASES: tuple[OpCase, ...] = (
     *(_varying_window_case(64, 64, 512, ratio, 1) for ratio in (2, 4, 8)),
     *(_varying_window_case(64, 128, 512, ratio, 16) for ratio in (2, 4, 8)),
     _varying_window_case(80, 80, 512, 4, 1),
+    *(_varying_window_case(128, 256, 512, ratio, 16, ("cuda",)) for ratio in (2, 4, 8)),
+    *(_varying_window_case(128, 256, 512, ratio, 1, ("cuda",)) for ratio in (2, 4, 8)),
 )
