@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from densepred.ops.ms_deform_attn import ms_deform_attn
+from densepred.ops.ms_deform_attn import ms_deform_attn_fused
 from densepred.ops.precision import upcast
 from densepred.registry import MODELS
 from densepred.structures import Features
@@ -96,8 +96,7 @@ class LevelContext:
 
     Attributes:
         positions: (S, C), what a token adds to itself as a query: its sine encoding and its level's embedding.
-        references: (S, 1, L, P, 2), its cell's centre (x, y) in [0, 1], once for every location, float32 at least.
-        sides: (L, P, 2), width and height of a location's level; both are written out, for short broadcasts are slow.
+        references: (1, S, L, 2), its cell's centre (x, y) in [0, 1], the same on every level, float32 at least.
         spatial_shapes: (L, 2) int64, height and width of the levels, coarse to fine.
         level_starts: (L,) int64, the first token of every level.
         sizes: the same heights and widths as plain numbers.
@@ -105,7 +104,6 @@ class LevelContext:
 
     positions: Tensor
     references: Tensor
-    sides: Tensor
     spatial_shapes: Tensor
     level_starts: Tensor
     sizes: tuple[tuple[int, int], ...]
@@ -157,13 +155,11 @@ class DeformableAttention(nn.Module):
         heads, levels, points = self.samples
         queries = memory + context.positions
         value = self.value_proj(memory).unflatten(-1, (heads, -1))  # (B, S, heads, D)
-        offsets = upcast(self.sampling_offsets(queries)).unflatten(-1, (heads, levels, points, 2))
-        # Along the last axis a softmax over a dozen numbers takes five times as long.
-        weights = upcast(self.attention_weights(queries)).unflatten(-1, (heads, levels * points)).movedim(-1, 0)
-        weights = weights.softmax(0).movedim(0, -1)
-        locations = context.references + offsets / context.sides  # (B, S, heads, L, P, 2)
-        weights = weights.unflatten(-1, (levels, points))  # (B, S, heads, L, P)
-        sums = ms_deform_attn(value, context.spatial_shapes, context.level_starts, locations, weights)
+        offsets = self.sampling_offsets(queries).unflatten(-1, (heads, levels, points, 2))
+        logits = self.attention_weights(queries).unflatten(-1, (heads, levels, points))
+        sums = ms_deform_attn_fused(
+            value, context.spatial_shapes, context.level_starts, context.references, offsets, logits
+        )
         return self.output_proj(sums)  # (B, S, C)
 
 
@@ -228,7 +224,7 @@ class DeformablePixelDecoder(nn.Module):
         super().__init__()
         _check_maps(in_channels, in_strides)
         _check_width(embed_dim, num_heads)
-        self.embed_dim, self.num_layers, self.num_points = embed_dim, num_layers, num_points
+        self.embed_dim, self.num_layers = embed_dim, num_layers
         self.channels = mask_dim
         self.level_channels = [embed_dim] * NUM_LEVELS
         self.input_proj = nn.ModuleList(
@@ -268,11 +264,9 @@ class DeformablePixelDecoder(nn.Module):
         centres = torch.cat([cell_centres(*size, upcast(memory)) for size in sizes])  # (S, 2)
         shapes = torch.tensor(sizes, device=memory.device)  # (L, 2)
         starts = [sum(h * w for h, w in sizes[:level]) for level in range(NUM_LEVELS)]
-        per_location = (-1, -1, NUM_LEVELS, self.num_points, -1)
         return LevelContext(
             positions=torch.cat(positions),
-            references=centres[:, None, None, None].expand(per_location).contiguous(),
-            sides=shapes.flip(1)[:, None].to(centres.dtype).expand(-1, self.num_points, -1).contiguous(),
+            references=centres[None, :, None].expand(-1, -1, NUM_LEVELS, -1).contiguous(),
             spatial_shapes=shapes,
             level_starts=torch.tensor(starts, device=memory.device),
             sizes=tuple(sizes),
@@ -296,7 +290,7 @@ class DeformablePixelDecoder(nn.Module):
 
     def layer_flops(self, context: LevelContext) -> int:
         """Return the multiply-adds of one layer for one image; the sampling itself is not counted, as published."""
-        return len(context.references) * self.layers[0].multiply_adds()
+        return context.references.shape[1] * self.layers[0].multiply_adds()
 
 
 def _check_maps(in_channels: Sequence[int], in_strides: Sequence[int]) -> None:

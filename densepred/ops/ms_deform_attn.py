@@ -16,7 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from densepred.ops.backend import check_tensors, uses_triton
 from densepred.ops.precision import sum_dtype
+
+MAX_ROWS = 2**24
+"""From here on float32 cannot number pixels; such values go the eager way."""
 
 
 class _Axis(NamedTuple):
@@ -193,14 +197,77 @@ def _dots(grad: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     return dots.view(rows.shape)
 
 
+def _placed(
+    spatial_shapes: Tensor, references: Tensor, offsets: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the fused op leaves to the plain one: locations, weights (B, Q, heads, L, P), sides (L, P, 2)."""
+    dtype, points = sum_dtype(references, offsets, logits), offsets.shape[4]
+    # References and sides are written out for every point: a broadcast over a few numbers only is slow.
+    sides = spatial_shapes.to(offsets.device, dtype).flip(1).clamp(min=1)  # an empty level is sampled nowhere
+    sides = sides[:, None].expand(-1, points, -1).contiguous()
+    references = references.to(dtype)[:, :, None, :, None].expand(-1, -1, -1, -1, points, -1).contiguous()
+    # Along the last axis a softmax over a dozen numbers takes five times as long.
+    weights = logits.to(dtype).flatten(3).movedim(-1, 0).softmax(0).movedim(0, -1)
+    return references + offsets.to(dtype) / sides, weights.view(logits.shape), sides
+
+
+def _fused_sum_bags(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    references: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+) -> Tensor:
+    locations, weights, _ = _placed(spatial_shapes, references, offsets, logits)
+    return _sum_bags(value, spatial_shapes, level_start_index, locations, weights)
+
+
+def _fused_sum_bags_backward(
+    grad: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    references: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    locations, weights, sides = _placed(spatial_shapes, references, offsets, logits)
+    grad_value, grad_locations, grad_weights = _sum_bags_backward(
+        grad, value, spatial_shapes, level_start_index, locations, weights
+    )
+    # What autograd calls for a softmax, along the axis that lies first in memory.
+    slopes, shares = (x.flatten(3).movedim(-1, 0) for x in (grad_weights, weights))
+    grad_logits = torch.ops.aten._softmax_backward_data(slopes, shares, 0, shares.dtype).movedim(0, -1)
+    return (
+        grad_value,
+        grad_locations.div_(sides).to(offsets.dtype),
+        grad_logits.reshape(logits.shape).to(logits.dtype),
+    )
+
+
 class Backend(NamedTuple):
     """The two halves of one implementation, called with the arguments of the op; the backward's first is its gradient."""
 
-    forward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 _EAGER = Backend(_sum_bags, _sum_bags_backward)
+_FUSED_EAGER = Backend(_fused_sum_bags, _fused_sum_bags_backward)
+
+
+def _implementation(fused: bool, value: Tensor, *floats: Tensor) -> Backend:
+    unfit = None
+    if value.shape[1] >= MAX_ROWS:
+        unfit = f"value has {value.shape[1]} rows, the kernels number fewer than {MAX_ROWS} in float32"
+    if not uses_triton("ms_deform_attn", (value, *floats), unfit):
+        return _FUSED_EAGER if fused else _EAGER
+    from densepred.ops.kernels import ms_deform_attn as kernels
+
+    if fused:
+        return Backend(kernels.forward_fused, kernels.backward_fused)
+    return Backend(kernels.forward, kernels.backward)
 
 
 @torch.library.custom_op("densepred::ms_deform_attn", mutates_args=())
@@ -212,7 +279,7 @@ def _ms_deform_attn(
     attention_weights: Tensor,
 ) -> Tensor:
     _check_levels(value.shape[1], spatial_shapes, level_start_index)
-    implementation = _EAGER
+    implementation = _implementation(False, value, sampling_locations, attention_weights)
     return implementation.forward(
         value, spatial_shapes, level_start_index, sampling_locations, attention_weights
     )  # (B, Q, heads * D)
@@ -227,22 +294,62 @@ def _ms_deform_attn_backward(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    implementation = _EAGER
+    implementation = _implementation(False, value, sampling_locations, attention_weights)
+    if torch.are_deterministic_algorithms_enabled():
+        implementation = _EAGER
     return implementation.backward(
         grad, value, spatial_shapes, level_start_index, sampling_locations, attention_weights
     )
 
 
+@torch.library.custom_op("densepred::ms_deform_attn_fused", mutates_args=())
+def _ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    reference_points: Tensor,
+    offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    _check_levels(value.shape[1], spatial_shapes, level_start_index)
+    implementation = _implementation(True, value, reference_points, offsets, attention_logits)
+    return implementation.forward(
+        value, spatial_shapes, level_start_index, reference_points, offsets, attention_logits
+    )  # (B, Q, heads * D)
+
+
+@torch.library.custom_op("densepred::ms_deform_attn_fused_backward", mutates_args=())
+def _ms_deform_attn_fused_backward(
+    grad: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    reference_points: Tensor,
+    offsets: Tensor,
+    attention_logits: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    implementation = _implementation(True, value, reference_points, offsets, attention_logits)
+    if torch.are_deterministic_algorithms_enabled():
+        implementation = _FUSED_EAGER
+    return implementation.backward(
+        grad, value, spatial_shapes, level_start_index, reference_points, offsets, attention_logits
+    )
+
+
 @_ms_deform_attn.register_fake
-def _output_shape(value: Tensor, _shapes: Tensor, _starts: Tensor, _locations: Tensor, weights: Tensor) -> Tensor:
-    return value.new_empty(value.shape[0], weights.shape[1], value.shape[2] * value.shape[3])
+def _output_shape(value: Tensor, *others: Tensor) -> Tensor:
+    return value.new_empty(value.shape[0], others[-1].shape[1], value.shape[2] * value.shape[3])
+
+
+_ms_deform_attn_fused.register_fake(_output_shape)
 
 
 @_ms_deform_attn_backward.register_fake
-def _gradient_shapes(
-    _grad: Tensor, value: Tensor, _shapes: Tensor, _starts: Tensor, locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (value, locations, weights))
+def _gradient_shapes(_grad: Tensor, value: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (value, *others[-2:]))
+
+
+_ms_deform_attn_fused_backward.register_fake(_gradient_shapes)
 
 
 def _save_for_backward(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -254,7 +361,13 @@ def _gradients(ctx, grad: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor]:
     return grad_value, None, None, grad_locations, grad_weights
 
 
+def _fused_gradients(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, Tensor, Tensor]:
+    grad_value, grad_offsets, grad_logits = _ms_deform_attn_fused_backward(grad, *ctx.saved_tensors)
+    return grad_value, None, None, None, grad_offsets, grad_logits
+
+
 _ms_deform_attn.register_autograd(_gradients, setup_context=_save_for_backward)
+_ms_deform_attn_fused.register_autograd(_fused_gradients, setup_context=_save_for_backward)
 
 
 def ms_deform_attn(
@@ -268,6 +381,9 @@ def ms_deform_attn(
 
     A location (x, y) lies at pixel ``x * W - 0.5, y * H - 0.5`` of its level; pixels outside count as zero. The sums
     run in float32 (float64 where an input is). A gradient of a gradient is not implemented.
+
+    Determinism: on a GPU the gradient of `value` is summed in no fixed order, unless `torch.use_deterministic_algorithms`
+    is on: then the backward runs in its eager form, which sorts. All else is the same in every run.
 
     Args:
         value: (B, S, heads, D), any float dtype: the levels one after another, each row by row.
@@ -283,21 +399,79 @@ def ms_deform_attn(
         ValueError: shapes that disagree, levels that do not lie within `value` (looked at where the two small tensors
             are on the CPU: elsewhere it would stop the device).
     """
+    check_tensors(
+        "ms_deform_attn", value=value, sampling_locations=sampling_locations, attention_weights=attention_weights
+    )
     _check_shapes(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     return _ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
 
 
-def _check_shapes(value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor) -> None:
+def ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    reference_points: Tensor,
+    offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    """Sum samples around reference points, weighted by a softmax over all levels and points of a head: `ms_deform_attn`
+    of locations ``reference_points + offsets / (W, H)`` and of the softmax, neither of which is kept.
+
+    Args:
+        value: (B, S, heads, D), as for `ms_deform_attn`, like the next two.
+        spatial_shapes: (L, 2) int64.
+        level_start_index: (L,) int64.
+        reference_points: (B or 1, Q, L, 2) as (x, y), [0, 1] from edge to edge of a level. They get no gradient.
+        offsets: (B, Q, heads, L, P, 2) as (x, y), in pixels of their level.
+        attention_logits: (B, Q, heads, L, P).
+
+    Returns:
+        (B, Q, heads * D), the channels of head 0 first, in the dtype of `value`.
+
+    Raises:
+        ValueError: as `ms_deform_attn`; `reference_points` that want a gradient.
+    """
+    check_tensors(
+        "ms_deform_attn_fused",
+        value=value,
+        reference_points=reference_points,
+        offsets=offsets,
+        attention_logits=attention_logits,
+    )
+    if reference_points.requires_grad:
+        raise ValueError(
+            "ms_deform_attn_fused gives reference_points no gradient: detach them, or call ms_deform_attn with locations"
+        )
+    names = ("offsets", "attention_logits")
+    _check_shapes(value, spatial_shapes, level_start_index, offsets, attention_logits, names)
+    _, queries, _, levels, _ = attention_logits.shape
+    if reference_points.shape[1:] != (queries, levels, 2) or len(reference_points) not in (1, len(value)):
+        raise ValueError(
+            f"ms_deform_attn_fused: reference_points is {tuple(reference_points.shape)}, but "
+            f"{(len(value), queries, levels, 2)} or {(1, queries, levels, 2)} goes with attention_logits "
+            f"{tuple(attention_logits.shape)}"
+        )
+    return _ms_deform_attn_fused(value, spatial_shapes, level_start_index, reference_points, offsets, attention_logits)
+
+
+def _check_shapes(
+    value: Tensor,
+    shapes: Tensor,
+    starts: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    names: tuple[str, str] = ("sampling_locations", "attention_weights"),
+) -> None:
     if value.dim() != 4 or weights.dim() != 5:
         raise ValueError(
             f"ms_deform_attn: value {tuple(value.shape)} must be (B, S, heads, D) and "
-            f"attention_weights {tuple(weights.shape)} (B, Q, heads, L, P)"
+            f"{names[1]} {tuple(weights.shape)} (B, Q, heads, L, P)"
         )
     batch, _, heads, _ = value.shape
     _, queries, _, levels, points = weights.shape
     wanted = {
-        "attention_weights": (weights, (batch, queries, heads, levels, points)),
-        "sampling_locations": (locations, (batch, queries, heads, levels, points, 2)),
+        names[1]: (weights, (batch, queries, heads, levels, points)),
+        names[0]: (locations, (batch, queries, heads, levels, points, 2)),
         "spatial_shapes": (shapes, (levels, 2)),
         "level_start_index": (starts, (levels,)),
     }
@@ -305,7 +479,7 @@ def _check_shapes(value: Tensor, shapes: Tensor, starts: Tensor, locations: Tens
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"ms_deform_attn: {name} is {tuple(tensor.shape)}, but {shape} goes with value {tuple(value.shape)} "
-                f"and attention_weights {tuple(weights.shape)}"
+                f"and {names[1]} {tuple(weights.shape)}"
             )
 
 
@@ -320,4 +494,4 @@ def _check_levels(pixels: int, shapes: Tensor, starts: Tensor) -> None:
             )
 
 
-__all__ = ["Backend", "ms_deform_attn"]
+__all__ = ["Backend", "ms_deform_attn", "ms_deform_attn_fused"]
