@@ -1,9 +1,14 @@
 """The ops of the mask losses on sampled points, in their eager forms."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from densepred.engine.benchmark_ops import measure
+from densepred.engine.op_cases import point_sample_mask_loss as cases
 from densepred.ops import point_mask_losses, point_matching_costs, sample_points, uncertain_points
 from densepred.ops import point_sample_mask_loss as ops
 
@@ -151,3 +156,15 @@ MAPS = torch.zeros(2, 3, 4, 5)
 def test_inputs_that_do_not_fit(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "case, inputs",
+    [
+        (cases.CASES[0], partial(cases.one_set_inputs, 3, 4, 32, 6, 200)),
+        (cases.CASES[2], partial(cases.criterion_inputs, 2, 3, 4, 32, 6)),
+    ],
+)
+def test_the_published_formulation_computes_the_same(case, inputs):
+    for found in measure(replace(case, inputs=inputs), repeats=1):
+        assert 0 < max(found.errors) < 1e-5

@@ -102,6 +102,16 @@ def test_a_map_that_is_no_number_spoils_only_its_own_samples(monkeypatch):
     assert found.isnan().all(1).tolist() == [False, True, False] and found[[0, 2]].isfinite().all()
 
 
+def test_maps_beyond_int32(monkeypatch):
+    """4 GiB that nobody touches but for the last map."""
+    monkeypatch.setenv("DENSEPRED_OPS", "triton")
+    maps = torch.empty(2**31 // 64**2 + 2, 64, 64, dtype=torch.float16, device=DEVICE)
+    maps[-1] = torch.randn(64, 64, generator=random_of(11))
+    points = torch.rand(1, 20, 2, generator=random_of(12)).to(DEVICE)
+    found = sample_points(maps, points, torch.tensor([len(maps) - 1], device=DEVICE))
+    assert relative_error(found, sample_points(maps[-1:].double(), points.double())) < 1e-5
+
+
 def test_a_wide_map_loses_no_digits(monkeypatch):
     """Whether a location is multiplied exactly is for the GPU to say: the interpreter has no fused multiply-add."""
     monkeypatch.setenv("DENSEPRED_OPS", "triton")
@@ -162,7 +172,7 @@ def costs_of(masks: torch.Tensor, targets: list[torch.Tensor], points: torch.Ten
 @given(
     dtype=st.sampled_from(DTYPES),
     counts=st.lists(st.integers(0, 4), min_size=1, max_size=3),
-    queries=st.integers(1, 35),
+    queries=st.integers(1, 6),
     points=st.integers(1, 100),
     height=SIDE,
     width=SIDE,
@@ -189,7 +199,7 @@ def test_costs(dtype, counts, queries, points, height, width, seed):
 def test_costs_of_many_targets_and_points(monkeypatch):
     """Several tiles of targets and queries, several programs for the points of each."""
     random = random_of(7)
-    masks = torch.randn(1, 1, 40, 3, 4, generator=random).to(DEVICE)
+    masks = torch.randn(1, 1, 34, 3, 4, generator=random).to(DEVICE)
     targets = [(torch.rand(70, 6, 5, generator=random) < 0.5).to(DEVICE)]
     shared = torch.rand(1, 1, 600, 2, generator=random).to(DEVICE)
     monkeypatch.setenv("DENSEPRED_OPS", "triton")
@@ -251,4 +261,4 @@ def test_the_criterion_by_kernels(monkeypatch):
         losses = Mask2FormerCriterion(3, num_points=64)(sets[0] | {"aux_outputs": sets[1:]}, targets, points)
         found[backend] = [torch.stack(list(losses.values())), *torch.autograd.grad(sum(losses.values()), leaves)]
     for kernel, eager in zip(found["triton"], found["eager"], strict=True):
-        assert relative_error(kernel, eager) < 1e-5
+        assert relative_error(kernel.detach(), eager.detach()) < 1e-5
