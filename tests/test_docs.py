@@ -1,7 +1,9 @@
 """What the documents show is what the commands take: flags parse, options load, files and links exist."""
 
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 import densepred
 import densepred_cli
+from densepred import ops
 from densepred.engine.config import load_config, parse_options
 from densepred.engine.conversion import to_official
 
@@ -81,3 +84,18 @@ def test_python_of_the_readme_runs(monkeypatch):
         exec(code, names)
     assert names["outputs"].keys() >= {"pred_logits", "pred_masks", "pixel_feature", "aux_outputs"}
     assert names["outputs"]["pred_masks"].shape == (2, 128, 17, 17)
+
+
+def test_the_example_op_works(tmp_path, monkeypatch):
+    op, kernels, proof = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ops.md").read_text(), re.DOTALL)
+    (tmp_path / "densepred_example.py").write_text(op)  # files: a kernel's source is read from its own
+    (tmp_path / "densepred_example_kernels.py").write_text(kernels)
+    (tmp_path / "proof.py").write_text(proof)
+    monkeypatch.syspath_prepend(tmp_path)
+    runpy.run_path(str(tmp_path / "proof.py"))
+    assert "densepred_example_kernels" in sys.modules
+
+
+def test_every_op_stands_in_the_table():
+    page = (ROOT / "docs" / "ops.md").read_text()
+    assert not [name for name in ops.__all__ if name.islower() and f"`{name}`" not in page]

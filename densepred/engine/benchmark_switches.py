@@ -60,8 +60,8 @@ def benchmark_switches(
         if name not in SWITCHES:
             raise ValueError(f"--switches {name}: choose from {', '.join(SWITCHES)}")
     variants = [(), *((name,) for name in switches), *([tuple(switches)] if len(switches) > 1 else [])]
-    with _training_data(config, cfg_options or {}) as cfg:
-        models, images, samples = _prepared(cfg, batch, device, variants)
+    with training_data(config, cfg_options or {}) as cfg:
+        models, images, samples = prepared(cfg, batch, device, variants)
     size = "x".join(map(str, images.shape[-2:]))
     title = (
         f"{Path(config).name}, {batch} x {size}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -74,7 +74,7 @@ def benchmark_switches(
 
 
 @contextmanager
-def _training_data(config: str | os.PathLike, options: dict[str, Any]) -> Iterator[Config]:
+def training_data(config: str | os.PathLike, options: dict[str, Any]) -> Iterator[Config]:
     """Yield the resolved config, with Shapes for data where its own are missing."""
     linked = load_linked_config(config, options)
     if Path(linked.data_root).is_dir():
@@ -96,7 +96,7 @@ def _training_data(config: str | os.PathLike, options: dict[str, Any]) -> Iterat
         yield resolve_config(merge_options(linked, {"data_root": root}))
 
 
-def _prepared(
+def prepared(
     cfg: Config, batch: int, device: str, variants: Sequence[tuple[str, ...]]
 ) -> tuple[list[nn.Module], Tensor, list]:
     torch.manual_seed(0)
