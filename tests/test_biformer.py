@@ -174,7 +174,9 @@ def test_half_precision_stays_near(cast):
 
 
 def test_exports_with_another_size():
-    model = small(depths=(1, 1, 1, 1), regions_per_side=4, out_features=("res2", "res3")).float()  # tracing takes its time
+    model = small(
+        depths=(1, 1, 1, 1), regions_per_side=4, out_features=("res2", "res3")
+    ).float()  # tracing takes its time
     free = {i: 32 * torch.export.Dim(name, min=2, max=32) for i, name in ((2, "height"), (3, "width"))}
     program = torch.export.export(model, (torch.randn(1, 3, 160, 192),), dynamic_shapes=(free,), strict=False)
     other = torch.randn(1, 3, 128, 224)

@@ -63,7 +63,8 @@ def test_shown_options_load(row):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_linked_files_exist(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert target.startswith("http") or (page.parent / target).exists(), f"{page}: {target}"
 
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from densepred.heads import resizing
 from densepred.heads.kmax_inference import mask_boxes
 from densepred.heads.mask2former_inference import (
     instance_inference,
@@ -13,6 +12,7 @@ from densepred.heads.mask2former_inference import (
     semantic_inference,
     semantic_scores,
 )
+from densepred.ops import linear_resize
 from tests import parity
 
 META, EXPECTED = parity.case(parity.CASES / "mask2former_r50_coco_panoptic")
@@ -114,7 +114,7 @@ def made_up(request):
 
 @pytest.fixture(params=[1, 100_000], ids=["band of one row", "wider band"])
 def bands(request, monkeypatch):
-    monkeypatch.setattr(resizing, "CPU_BAND_BYTES", request.param)
+    monkeypatch.setattr(linear_resize, "CPU_BAND_BYTES", request.param)
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -229,7 +229,7 @@ def peak_bytes(run):
 def test_memory_stays_within_the_bound(side, monkeypatch):
     """At 600 x 600 one full-size map of 100 logits would take 137 MiB."""
     bound = 16 << 20
-    monkeypatch.setattr(resizing, "CPU_BAND_BYTES", bound)
+    monkeypatch.setattr(linear_resize, "CPU_BAND_BYTES", bound)
     logits, masks = torch.randn(100, 134), torch.randn(100, 100, 100)
     logits[:, :60] += 12 * (torch.rand(100, 60) > 0.98)
     args, pixels = (logits, masks, (400, 400), (400, 390), (side, side)), side**2

@@ -123,6 +123,13 @@ def test_taps_that_lie_nowhere_read_and_write_nothing(monkeypatch, far):
     assert all(tensor.isfinite().all() for tensor in found)
 
 
+def test_what_float32_rounds_to_a_whole_pixel_lies_beside_it():
+    """Line 4 less 1e-9 is line 4 in float32, with another slope: that of the pixels above."""
+    tensors = problem((6, 5), 3, 2)
+    tensors[1] = torch.where(tensors[1] < 0, -1e-9, 1e-9)
+    check_kernel(modulated_deform_conv2d, tensors, ALL, torch.float32, 2e-6)
+
+
 def test_types_may_differ(monkeypatch):
     """As under autocast: maps and offsets of half precision, parameters of float32."""
     monkeypatch.setenv("DENSEPRED_OPS", "triton")

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densepred.heads import SemanticHead, resizing
+from densepred.heads import SemanticHead
+from densepred.ops import linear_resize
 from densepred.registry import MODELS
 from densepred.structures import Features, SegSample
 
@@ -252,7 +253,7 @@ def brute_force(logits: Tensor, meta: dict, align_corners: bool) -> Tensor:
 def test_prediction_is_two_resizes_and_an_arg_max(
     monkeypatch, align_corners, band_bytes, pad_shape, img_shape, ori_shape
 ):
-    monkeypatch.setattr(resizing, "CPU_BAND_BYTES", band_bytes)
+    monkeypatch.setattr(linear_resize, "CPU_BAND_BYTES", band_bytes)
     head = make_head(align_corners=align_corners)
     logits = torch.randn(2, CLASSES, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = head.predict(dict(sem_logits=logits), metas(pad_shape, img_shape, ori_shape))

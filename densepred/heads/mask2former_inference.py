@@ -10,19 +10,18 @@ Letters: Q queries, K those that matter, C classes, h w the head's map, H W the 
 from collections.abc import Collection, Iterator
 
 import torch
-import torch.nn.functional as F
 from mmengine.structures import InstanceData
 from torch import Tensor
 
 from densepred.heads.kmax_inference import mask_boxes
-from densepred.heads.resizing import Size, linear_taps, logit_bands, resize_to_file, resized, row_bands, swapped
+from densepred.heads.resizing import Size, resize_to_file
+from densepred.ops.linear_resize import linear_taps, logit_bands, resized, row_bands, swapped
+from densepred.ops.mask_argmax import mask_argmax, mask_owner, mask_score_bands, mask_scores, padded_classes
 from densepred.ops.precision import upcast
 from densepred.structures import PanopticMap
 
 EPSILON = 1e-6
 """Guard of an instance's mean mask probability."""
-CLASS_MULTIPLE = 16
-"""The matrix product is faster with rows of a multiple of this many classes; those added have probability 0."""
 
 
 @torch.no_grad()
@@ -59,39 +58,20 @@ def panoptic_inference(
     """
     scores, labels = upcast(pred_logits).softmax(-1).max(-1)  # (Q,)
     sure = ((labels < pred_logits.shape[-1] - 1) & (scores > object_mask_threshold)).nonzero()[:, 0]  # (K,)
-    ids = torch.zeros(ori_shape, dtype=torch.int32, device=mask_logits.device)  # (H, W)
     if not len(sure):
-        return PanopticMap(ids, [])
+        return PanopticMap(torch.zeros(ori_shape, dtype=torch.int32, device=mask_logits.device), [])
     scores, labels, things = scores[sure], labels[sure].tolist(), set(thing_classes)
     candidates = [
         dict(label=label, isthing=label in things, iscrowd=False, score=score)
         for label, score in zip(labels, scores.tolist(), strict=True)
     ]
-    rows, columns = resize_to_file(mask_logits, pad_shape, img_shape, ori_shape)
-    areas = _assign_pixels(ids, logit_bands(mask_logits[sure], rows, columns, 4 * len(sure) + 8), scores)
+    resizes = resize_to_file(mask_logits, pad_shape, img_shape, ori_shape)
+    ids, areas = mask_owner(mask_logits[sure], scores, *resizes)  # (H, W), (K, 3)
     numbers, segments = _walk(areas.tolist(), candidates, overlap_threshold)
     table = torch.tensor([0, *numbers], dtype=torch.int32, device=ids.device)
     for band in row_bands(ids.shape[0], 8 * ids.shape[1], 0, ids.device):
         ids[band] = table[ids[band]]
     return PanopticMap(ids, segments)
-
-
-def _assign_pixels(ids: Tensor, bands: Iterator[tuple[slice, Tensor]], scores: Tensor) -> Tensor:
-    """Write owner + 1 into ``ids`` where the owner's probability is at least a half; return the areas (K, 3).
-
-    These are, by query, the pixels it owns, those written, and those where it has that probability.
-    """
-    queries = len(scores)
-    areas = torch.zeros(3, queries, dtype=torch.int64, device=ids.device)
-    for band, logits in bands:
-        probs = logits.sigmoid_()  # (W, n, K)
-        owner = (probs * scores).argmax(-1, keepdim=True)  # (W, n, 1)
-        written = torch.where(probs.gather(-1, owner) >= 0.5, owner + 1, 0)[..., 0]  # (W, n), 0 = nobody
-        ids[band] = written.T
-        areas[0] += owner.flatten().bincount(minlength=queries)
-        areas[1] += written.flatten().bincount(minlength=queries + 1)[1:]
-        areas[2] += _count(probs >= 0.5).long()
-    return areas.T
 
 
 def _walk(areas: list[list[int]], candidates: list[dict], overlap_threshold: float) -> tuple[list[int], list[dict]]:
@@ -117,8 +97,11 @@ def semantic_inference(
     pred_logits: Tensor, mask_logits: Tensor, pad_shape: Size, img_shape: Size, ori_shape: Size, alone: bool
 ) -> Tensor:
     """Return each pixel's best class (H, W) int64; the arguments are those of `semantic_scores`."""
+    probs = _class_probabilities(pred_logits)
+    if not _resizes_scores(alone, img_shape, ori_shape):
+        return mask_argmax(mask_logits, probs, *resize_to_file(mask_logits, pad_shape, img_shape, ori_shape))
     labels = torch.empty(ori_shape, dtype=torch.int64, device=mask_logits.device)
-    for band, scores in _score_bands(pred_logits, mask_logits, pad_shape, img_shape, ori_shape, alone):
+    for band, scores in _resized_score_bands(mask_logits, probs, pad_shape, img_shape, ori_shape):
         labels[band] = scores.argmax(-1).T
     return labels
 
@@ -138,35 +121,32 @@ def semantic_scores(
         alone: Semantic segmentation is the only task: the scores are made at the padded size, then cropped and resized.
             Otherwise the mask logits are, and the scores differ.
     """
-    size = (pred_logits.shape[-1] - 1, *ori_shape)
+    probs = _class_probabilities(pred_logits)
+    if _resizes_scores(alone, img_shape, ori_shape):
+        bands = _resized_score_bands(mask_logits, probs, pad_shape, img_shape, ori_shape)
+    else:
+        bands = mask_score_bands(mask_logits, probs, *resize_to_file(mask_logits, pad_shape, img_shape, ori_shape))
+    size = (probs.shape[1], *ori_shape)
     result = torch.empty(size, dtype=upcast(mask_logits[:0]).dtype, device=mask_logits.device)
-    for band, scores in _score_bands(pred_logits, mask_logits, pad_shape, img_shape, ori_shape, alone):
+    for band, scores in bands:
         result[:, band] = scores.permute(2, 1, 0)
     return result
 
 
-@torch.no_grad()
-def _score_bands(
-    pred_logits: Tensor, mask_logits: Tensor, pad_shape: Size, img_shape: Size, ori_shape: Size, alone: bool
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield bands of rows and their class scores (W, n, C)."""
-    num_classes = pred_logits.shape[-1] - 1
-    probs = F.pad(upcast(pred_logits).softmax(-1)[:, :-1], (0, -num_classes % CLASS_MULTIPLE))  # (Q, C'), C' >= C
-    if alone and tuple(img_shape) != tuple(ori_shape):
-        bands = _resized_score_bands(mask_logits, probs, pad_shape, img_shape, ori_shape)
-    else:
-        rows, columns = resize_to_file(mask_logits, pad_shape, img_shape, ori_shape)
-        values = sum(probs.shape) + max(probs.shape) + 4  # the last band lives until its loop variable is bound anew
-        logits = logit_bands(mask_logits, rows, columns, values)
-        bands = ((band, _scores(x, probs)) for band, x in logits)
-    for band, scores in bands:
-        yield band, scores[..., :num_classes]
+def _class_probabilities(pred_logits: Tensor) -> Tensor:
+    """Return (Q, C), without void."""
+    return upcast(pred_logits).softmax(-1)[:, :-1]
+
+
+def _resizes_scores(alone: bool, img_shape: Size, ori_shape: Size) -> bool:
+    return alone and tuple(img_shape) != tuple(ori_shape)
 
 
 def _resized_score_bands(
     mask_logits: Tensor, probs: Tensor, pad_shape: Size, img_shape: Size, ori_shape: Size
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield bands of the scores (W, n, C') of the padded input, cropped and resized."""
+    """Yield bands of rows and their scores (W, n, C), those of the padded input, cropped and resized."""
+    num_classes, probs = probs.shape[1], padded_classes(probs)  # (Q, C')
     inner_rows, inner_columns = resize_to_file(mask_logits, pad_shape, img_shape, img_shape)
     rows, columns = (linear_taps(n_in, n_out) for n_in, n_out in zip(img_shape, ori_shape, strict=True))
     queries, classes = probs.shape
@@ -181,15 +161,9 @@ def _resized_score_bands(
         yield (
             band,
             taps.apply(
-                swapped(columns.apply(_scores(resized(mask_logits, inner_rows[needed], inner_columns), probs)))
-            ).transpose(0, 1),  # (W, n, C')
+                swapped(columns.apply(mask_scores(resized(mask_logits, inner_rows[needed], inner_columns), probs)))
+            ).transpose(0, 1)[..., :num_classes],  # (W, n, C)
         )
-
-
-def _scores(logits: Tensor, probs: Tensor) -> Tensor:
-    """Return the scores (W, n, C') of mask logits (W, n, Q), which are overwritten, also under autocast in full precision."""
-    with torch.autocast(logits.device.type, enabled=False):
-        return logits.sigmoid_() @ probs
 
 
 @torch.no_grad()
@@ -218,7 +192,7 @@ def instance_inference(
         ``masks`` (N, H, W) bool, where the logit is positive, may overlap or be empty; ``bboxes`` (N, 4) float32 xyxy,
         see `mask_boxes`. N <= max_instances.
     """
-    class_probs = upcast(pred_logits).softmax(-1)[:, :-1]  # (Q, C)
+    class_probs = _class_probabilities(pred_logits)  # (Q, C)
     num_classes = class_probs.shape[1]
     scores, pairs = class_probs.flatten().topk(min(max_instances, class_probs.numel()))
     labels = pairs % num_classes

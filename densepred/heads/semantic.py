@@ -18,7 +18,8 @@ from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 
 from densepred.errors import nearest
-from densepred.heads.resizing import Size, logit_bands, resize, resize_to_file
+from densepred.heads.resizing import Size, resize, resize_to_file
+from densepred.ops.linear_resize import logit_bands
 from densepred.ops.precision import upcast
 from densepred.registry import MODELS
 from densepred.structures import IGNORE_INDEX, Features, SegSample

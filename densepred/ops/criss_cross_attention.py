@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from densepred.ops.backend import uses_triton
 from densepred.ops.precision import sum_dtype
 
 _BLOCK = {"cpu": 1 << 18}
@@ -27,7 +28,7 @@ def _layout(maps: Tensor) -> torch.memory_format:
     return torch.channels_last if maps.dim() == 4 else torch.channels_last_3d
 
 
-def _pixels_last(maps: Tensor, dtype: torch.dtype) -> Tensor:
+def pixels_last(maps: Tensor, dtype: torch.dtype) -> Tensor:
     """Return (B, *axes, C) of maps (B, C, *axes), contiguous: a view of channels-last maps of that type."""
     return maps.to(dtype).contiguous(memory_format=_layout(maps)).movedim(1, -1)
 
@@ -64,7 +65,7 @@ def _energies(query: Tensor, key: Tensor, own_key: bool) -> Tensor:
 
 def _merge_lines(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     dtype = sum_dtype(q, k, v)
-    query, key, value = (_pixels_last(maps, dtype) for maps in (q, k, v))
+    query, key, value = (pixels_last(maps, dtype) for maps in (q, k, v))
     out, total = torch.empty_like(value), value.new_full((*value.shape[:-1], 1), -torch.inf)
     for own_key, (q_line, k_line, v_line, o_line, l_line) in _blocks(query, key, value, out, total):
         weights = _energies(q_line, k_line, own_key)
@@ -83,7 +84,7 @@ def _merge_lines_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs, dtype = (q, k, v), log_sum.dtype
-    pixels = [_pixels_last(maps, dtype) for maps in (*inputs, grad, out)]
+    pixels = [pixels_last(maps, dtype) for maps in (*inputs, grad, out)]
     mean = torch.empty_like(log_sum)[..., None]  # of what each key's weight is worth to the output
     grads = [torch.empty_like(part) for part in pixels[:3]]
     for own_key, lines in _blocks(*pixels, mean, log_sum[..., None], *grads):
@@ -115,10 +116,21 @@ class Backend(NamedTuple):
 _EAGER = Backend(_merge_lines, _merge_lines_backward)
 
 
+def _implementation(q: Tensor, k: Tensor, v: Tensor) -> Backend:
+    wide = torch.float32 in (torch.promote_types(q.dtype, k.dtype), v.dtype)
+    channels, most = q.shape[1], 128 if wide else 256  # that a kernel's program holds
+    unfit = f"q has {channels} channels, the kernels take {most} at most" if channels > most else None
+    if uses_triton("criss_cross_attention", (q, k, v), unfit):
+        from densepred.ops.kernels import criss_cross_attention as kernels  # lazily: Triton need not be installed
+
+        return Backend(kernels.forward, kernels.backward)
+    return _EAGER
+
+
 @torch.library.custom_op("densepred::criss_cross_attention", mutates_args=())
 def _criss_cross_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     with torch.autocast(v.device.type, enabled=False):
-        return _EAGER.forward(q, k, v)
+        return _implementation(q, k, v).forward(q, k, v)
 
 
 @torch.library.custom_op("densepred::criss_cross_attention_backward", mutates_args=())
@@ -126,7 +138,7 @@ def _criss_cross_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(v.device.type, enabled=False):
-        return _EAGER.backward(grad, q, k, v, out, log_sum)
+        return _implementation(q, k, v).backward(grad, q, k, v, out, log_sum)
 
 
 @_criss_cross_attention.register_fake
@@ -160,6 +172,8 @@ def criss_cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     The softmax over the H + W - 1 unscaled dot products runs in float32 (float64 where an input is). Memory grows with
     the maps, not with H W (H + W). A gradient of a gradient is not implemented.
+
+    Determinism: the kernels use no atomics; forward and backward give the same bits in every run.
 
     Args:
         q, k: (B, Cq, H, W), any float dtype, any side down to 1.

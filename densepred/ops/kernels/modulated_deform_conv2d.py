@@ -94,19 +94,34 @@ def _pixels(tile, height, width, LINES: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _along(base, move, side):
-    """Return the first of the two pixels that positions base + move lie between, and the way to them from both.
+    """Return the first of two pixels, how many positions base + move lie further on, and the rest of the way.
 
-    The whole part of a move goes to the base: the rest stays exact wherever the base lies. A linear weight vanishes
-    where a position lies outside, so that both pixels can be clamped to the map.
+    Positions lie between the two, or one pixel before or after them where the map ends; 2 marks those that do not count.
+    The whole part of a move goes to the base: the rest stays exact wherever the base lies.
     """
     whole = tl.floor(move)
-    rest = tl.minimum(move - whole, 0.99999994)  # -1e-9 is left of a pixel, not on it
+    rest = move - whole
     before = base.to(tl.float32) + whole
     counts = (before >= -1) & (before < side) & ((before >= 0) | (rest > 0))  # False for what is no number
     before = tl.where(counts, before, 0.0).to(tl.int32)
     first = tl.maximum(tl.minimum(before, side - 2), 0)
-    near = tl.where(counts, (before - first).to(tl.float32) + rest, -4.0)
-    return first, near, tl.where(side > 1, near - 1, -4.0)
+    return first, tl.where(counts, before - first, 2), rest
+
+
+@triton.jit
+def _shares(shift, rest, side):
+    """Return the linear weights of the two pixels."""
+    near = tl.where(shift == 0, 1 - rest, tl.where(shift == -1, rest, 0.0))
+    far = tl.where(shift == 0, rest, tl.where(shift == 1, 1 - rest, 0.0))
+    return near, tl.where(side > 1, far, 0.0)
+
+
+@triton.jit
+def _slopes(shift, side):
+    """Return the derivatives of `_shares`."""
+    near = tl.where(shift == 0, -1.0, tl.where(shift == -1, 1.0, 0.0))
+    far = tl.where(shift == 0, 1.0, tl.where(shift == 1, -1.0, 0.0))
+    return near, tl.where(side > 1, far, 0.0)
 
 
 @triton.jit
@@ -114,26 +129,14 @@ def _tap(
     offset, offset_channel, mask, mask_channel, own, tap, y, x, inside, H, W,
     stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, ACROSS: tl.constexpr, index: tl.constexpr,
 ):  # fmt: skip
-    """Return a tap's first pixel, the distances from its four and its mask, (pixels,) each; mask 0 outside the output."""
+    """Return a tap's first pixel of four, its place by `_along` and its mask, 0 outside the output; (pixels,) each."""
     offset += (2 * own).to(index) * offset_channel
     dy = tl.load(offset, mask=inside, other=0.0).to(tl.float32)
     dx = tl.load(offset + offset_channel, mask=inside, other=0.0).to(tl.float32)
     number = tl.load(mask + own.to(index) * mask_channel, mask=inside, other=0.0).to(tl.float32)
-    top, above, below = _along(y * stride_y - padding_y + tap // ACROSS * dilation_y, dy, H)
-    left, before, after = _along(x * stride_x - padding_x + tap % ACROSS * dilation_x, dx, W)
-    return (top * W + left).to(index), above, below, before, after, number
-
-
-@triton.jit
-def _share(distance):
-    """Return the linear weight of a pixel at a distance."""
-    return tl.maximum(1 - tl.abs(distance), 0.0)
-
-
-@triton.jit
-def _slope(distance):
-    """Return the derivative of `_share`; at whole numbers that of greater distances."""
-    return tl.where((distance >= -1) & (distance < 0), 1.0, 0.0) - tl.where((distance >= 0) & (distance < 1), 1.0, 0.0)
+    top, shift_y, rest_y = _along(y * stride_y - padding_y + tap // ACROSS * dilation_y, dy, H)
+    left, shift_x, rest_x = _along(x * stride_x - padding_x + tap % ACROSS * dilation_x, dx, W)
+    return (top * W + left).to(index), shift_y, rest_y, shift_x, rest_x, number
 
 
 @triton.jit
@@ -146,13 +149,13 @@ def _load(pointers, within, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _columns(pointers, right, down, above, below, before, after, number, within, EVEN: tl.constexpr):
+def _columns(pointers, right, down, top, bottom, left, right_share, number, within, EVEN: tl.constexpr):
     """Return what a tap samples, (pixels, channels)."""
-    upper, lower, left, right_share = _share(above) * number, _share(below) * number, _share(before), _share(after)
-    columns = _load(pointers, within, EVEN) * (upper * left)[:, None]
-    columns += _load(pointers + right, within, EVEN) * (upper * right_share)[:, None]
-    columns += _load(pointers + down, within, EVEN) * (lower * left)[:, None]
-    columns += _load(pointers + (down + right), within, EVEN) * (lower * right_share)[:, None]
+    top, bottom = top * number, bottom * number
+    columns = _load(pointers, within, EVEN) * (top * left)[:, None]
+    columns += _load(pointers + right, within, EVEN) * (top * right_share)[:, None]
+    columns += _load(pointers + down, within, EVEN) * (bottom * left)[:, None]
+    columns += _load(pointers + (down + right), within, EVEN) * (bottom * right_share)[:, None]
     return columns
 
 
@@ -185,17 +188,19 @@ def _forward(
     for step in range(begin, tl.minimum(begin + steps, TAPS * ((CELL + SPAN - 1) // SPAN) * CELLS)):
         # All taps of some channels before the next channels: what they share stays in the first cache.
         tap, cell, start = step % TAPS, step // TAPS % CELLS, step // (TAPS * CELLS) * SPAN
-        row, above, below, before, after, number = _tap(
+        row, shift_y, rest_y, shift_x, rest_x, number = _tap(
             offset, offset_channel, mask, mask_channel, (group * CELLS + cell) // SHARED * TAPS + tap, tap, y, x, inside,
             H, W, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, ACROSS, index,
         )  # fmt: skip
+        top, bottom = _shares(shift_y, rest_y, H)
+        left, right_share = _shares(shift_x, rest_x, W)
         for piece in range(PIECES):
             channels = start + piece * CHANNELS + tl.arange(0, CHANNELS)
             within = channels < CELL
             channels += cell * CELL
             columns = _columns(
                 maps + row[:, None] * C + channels[None, :], right, down,
-                above, below, before, after, number, within[None, :], CELL % SPAN == 0,
+                top, bottom, left, right_share, number, within[None, :], CELL % SPAN == 0,
             )  # fmt: skip
             some = within[:, None] & (output < outputs)[None, :]
             weights = tl.load(rows + (tap * (CELL * CELLS) + channels)[:, None], mask=some, other=0.0)
@@ -270,11 +275,12 @@ def _sample_gradients(
     first_tap, first_chunk = tl.program_id(1) * taps_each, tl.program_id(2) * chunks_each
     last_chunk = tl.minimum(first_chunk + chunks_each, (CELL + CHANNELS - 1) // CHANNELS * SHARED)
     for tap in range(first_tap, tl.minimum(first_tap + taps_each, TAPS)):
-        row, above, below, before, after, number = _tap(
+        row, shift_y, rest_y, shift_x, rest_x, number = _tap(
             offset, offset_channel, mask, mask_channel, deform_group * TAPS + tap, tap, y, x, inside,
             H, W, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, ACROSS, index,
         )  # fmt: skip
-        top, bottom, left, right_share = _share(above), _share(below), _share(before), _share(after)
+        top, bottom = _shares(shift_y, rest_y, H)
+        left, right_share = _shares(shift_x, rest_x, W)
         top_left = tl.zeros((LINES * COLUMNS,), tl.float32)
         top_right, bottom_left, bottom_right = top_left, top_left, top_left
         for chunk in range(first_chunk, last_chunk):
@@ -301,9 +307,10 @@ def _sample_gradients(
         upper, lower = top_left * left + top_right * right_share, bottom_left * left + bottom_right * right_share
         tl.store(grad_mask + (own_maps + tap) * h * w + pixel, upper * top + lower * bottom, mask=inside)
         place = grad_offset + 2 * (own_maps + tap) * h * w + pixel
-        tl.store(place, (upper * _slope(above) + lower * _slope(below)) * number, mask=inside)
-        move = (top_left * top + bottom_left * bottom) * _slope(before)
-        move += (top_right * top + bottom_right * bottom) * _slope(after)
+        near, far = _slopes(shift_y, H)
+        tl.store(place, (upper * near + lower * far) * number, mask=inside)
+        near, far = _slopes(shift_x, W)
+        move = (top_left * top + bottom_left * bottom) * near + (top_right * top + bottom_right * bottom) * far
         tl.store(place + h * w, move * number, mask=inside)
 
 
@@ -331,15 +338,17 @@ def _weight_gradient(
     for tile in range(begin, tl.minimum(begin + tiles_each, images * tiles)):
         image = (tile // tiles).to(tl.int64)
         y, x, inside = _pixels(tile % tiles, h, w, LINES, COLUMNS)
-        row, above, below, before, after, number = _tap(
+        row, shift_y, rest_y, shift_x, rest_x, number = _tap(
             offset + image * offset_image + y.to(index) * offset_y + x.to(index) * offset_x, offset_channel,
             mask + image * mask_image + y.to(index) * mask_y + x.to(index) * mask_x, mask_channel,
             cell // SHARED * TAPS + tap, tap, y, x, inside,
             H, W, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, ACROSS, index,
         )  # fmt: skip
+        top, bottom = _shares(shift_y, rest_y, H)
+        left, right_share = _shares(shift_x, rest_x, W)
         columns = _columns(
             maps + image * H * W * C + row[:, None] * C + (cell * CELL + channels)[None, :], right, down,
-            above, below, before, after, number, within[None, :], CELL % CHANNELS == 0,
+            top, bottom, left, right_share, number, within[None, :], CELL % CHANNELS == 0,
         )  # fmt: skip
         pixels = grad + image * h * w * (outputs * GROUPS) + (y.to(index) * w + x)[:, None] * (outputs * GROUPS)
         some = inside[:, None] & (output < outputs)[None, :]
@@ -376,7 +385,7 @@ def _pixels_last(maps: Tensor, dtype: torch.dtype) -> Tensor:
     return maps.to(dtype).permute(0, 2, 3, 1).contiguous()
 
 
-def _shares(number: int, programs: int) -> tuple[int, int]:
+def _split(number: int, programs: int) -> tuple[int, int]:
     """Return how many of a number of steps a program takes, and how many programs then share them."""
     each = triton.cdiv(number, min(number, max(1, PROGRAMS // programs)))
     return each, triton.cdiv(number, each)
@@ -395,7 +404,7 @@ def forward(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tenso
     pieces = min(2, triton.cdiv(cell, sizes["CHANNELS"]))
     programs = _number_of_tiles(common) * len(x) * triton.cdiv(outputs, sizes["OUTPUTS"]) * groups
     steps = common["TAPS"] * common["CELLS"] * triton.cdiv(cell, sizes["CHANNELS"] * pieces)
-    each, splits = _shares(steps, programs)
+    each, splits = _split(steps, programs)
     out = x.new_empty(len(x), *mask.shape[2:], len(weight))
     parts = out if splits == 1 else torch.empty((splits, *out.shape), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
@@ -433,8 +442,8 @@ def _gradients_of_samples(
     groups, cells, taps = common["GROUPS"], common["GROUPS"] * common["CELLS"], common["TAPS"]
     deform_groups, chunks = cells // common["SHARED"], triton.cdiv(common["CELL"], 32) * common["SHARED"]
     programs = _number_of_tiles(common) * len(maps) * deform_groups
-    taps_each, tap_splits = _shares(taps, programs)
-    chunks_each, splits = _shares(chunks, programs * tap_splits)
+    taps_each, tap_splits = _split(taps, programs)
+    chunks_each, splits = _split(chunks, programs * tap_splits)
     rows = weight.to(maps.dtype).unflatten(0, (groups, -1)).flatten(3).permute(3, 0, 2, 1).contiguous()
     grad_maps = torch.zeros_like(maps, dtype=torch.float32)
     shape, options = (splits, len(maps), deform_groups * taps, *grad.shape[1:3]), dict(dtype=torch.float32)
@@ -454,7 +463,7 @@ def _gradient_of_weight(maps: Tensor, grad: Tensor, weight: Tensor, common: dict
     sizes = tiles(maps.dtype, cell, outputs) | {"CHANNELS": _power(cell, 64)}
     programs = triton.cdiv(cell, sizes["CHANNELS"]) * triton.cdiv(outputs, sizes["OUTPUTS"]) * taps
     programs *= common["GROUPS"] * common["CELLS"]
-    each, splits = _shares(_number_of_tiles(common) * len(maps), programs)
+    each, splits = _split(_number_of_tiles(common) * len(maps), programs)
     shape = (splits, len(weight), *weight.shape[2:], weight.shape[1])
     parts = torch.empty(shape, dtype=torch.float32, device=maps.device)
     _weight_gradient[programs, splits](maps, grad, parts, each, len(maps), **common, **sizes, num_stages=1)

@@ -59,16 +59,16 @@ def _along(x, side):
 
 
 @triton.jit
-def _load_points(points_ptr, row, at, valid, points):
-    """Return the x and y of a row's points, read together."""
-    pair = points_ptr + row.to(tl.int64) * points * 2 + 2 * at[:, None] + tl.arange(0, 2)[None, :]
-    return tl.split(tl.load(pair, valid[:, None], other=-2))
+def _load_points(pairs_ptr, row, at, valid, points):
+    """Return x and y of a row's points; each pair is an int64, so that a thread reads 16 bytes at a time."""
+    pair = tl.load(pairs_ptr + row.to(tl.int64) * points + at, valid, other=0)
+    return pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _sample_kernel(
     maps_ptr,
-    points_ptr,
+    pairs_ptr,
     rows_ptr,
     out_ptr,
     maps,
@@ -92,7 +92,7 @@ def _sample_kernel(
     if HAS_ROWS:
         number = tl.load(rows_ptr + row)
         number = tl.where((number >= 0) & (number < maps), number, 0)
-    x, y = _load_points(points_ptr, row // group, at, valid, points)
+    x, y = _load_points(pairs_ptr, row // group, at, valid, points)
     left, right, by_left, by_right = _along(x, width)
     top, bottom, by_top, by_bottom = _along(y, height)
     base = maps_ptr + (number // queries) * stride_image + (number % queries) * stride_query
@@ -109,7 +109,7 @@ def _sample_kernel(
 @triton.jit
 def _sample_backward_kernel(
     grad_ptr,
-    points_ptr,
+    pairs_ptr,
     rows_ptr,
     out_ptr,
     maps,
@@ -130,7 +130,7 @@ def _sample_backward_kernel(
         number = tl.load(rows_ptr + row)
     exists = (number >= 0) & (number < maps)
     number = tl.where(exists, number, 0)
-    x, y = _load_points(points_ptr, row // group, at, valid, points)
+    x, y = _load_points(pairs_ptr, row // group, at, valid, points)
     grad = tl.load(grad_ptr + row.to(tl.int64) * stride_grad + at, valid, other=0).to(tl.float32)
     grad = tl.where(exists, grad, 0.0)
     left, right, by_left, by_right = _along(x, width)
@@ -142,6 +142,12 @@ def _sample_backward_kernel(
     tl.atomic_add(upper + right, by_top * by_right, (by_top != 0) & (by_right != 0), sem="relaxed")
     tl.atomic_add(lower + left, by_bottom * by_left, (by_bottom != 0) & (by_left != 0), sem="relaxed")
     tl.atomic_add(lower + right, by_bottom * by_right, (by_bottom != 0) & (by_right != 0), sem="relaxed")
+
+
+def _pairs(points: Tensor) -> Tensor:
+    """Return points (G, P, 2) as (G, P, 1) int64, x in the lower half."""
+    points = points.float().contiguous()
+    return (points.clone() if points.storage_offset() % 2 else points).view(torch.int64)
 
 
 def _launch_sampling(maps: Tensor, points: Tensor, rows: Tensor | None, out: Tensor) -> None:
@@ -159,7 +165,7 @@ def _launch_sampling(maps: Tensor, points: Tensor, rows: Tensor | None, out: Ten
     with torch.cuda.device_of(maps):
         _sample_kernel[(len(out) * triton.cdiv(count, POINTS),)](
             maps,
-            points.float().contiguous(),
+            _pairs(points),
             rows,
             out,
             batch * queries,
@@ -202,7 +208,7 @@ def _scatter(grad: Tensor, points: Tensor, rows: Tensor | None, maps: int, size:
         with torch.cuda.device_of(grad):
             _sample_backward_kernel[(len(grad) * triton.cdiv(grad.shape[1], POINTS),)](
                 grad,
-                points.float().contiguous(),
+                _pairs(points),
                 rows,
                 out,
                 maps,

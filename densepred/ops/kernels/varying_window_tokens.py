@@ -31,7 +31,7 @@ def _high(x):
 
 
 @triton.jit
-def add_product(a, b, sums):
+def add_product(a: tl.tensor, b: tl.tensor, sums: tl.tensor) -> tl.tensor:
     """``sums + a @ b``; float32 as three products of TF32, leaving out that of both low parts."""
     if a.dtype == tl.float32:
         a_high, b_high = _high(a), _high(b)
@@ -46,7 +46,7 @@ def add_product(a, b, sums):
 
 
 @triton.jit
-def convert(x, TYPE: tl.constexpr):
+def convert(x: tl.tensor, TYPE: tl.constexpr) -> tl.tensor:
     """Round float32 numbers to a type."""
     if INTERPRETED and tl.bfloat16 == TYPE:  # the interpreter truncates
         bits = x.to(tl.int32, bitcast=True)
@@ -55,13 +55,15 @@ def convert(x, TYPE: tl.constexpr):
 
 
 @triton.jit
-def locate(index, row, column, side, line):
+def locate(index: tl.tensor, row: tl.tensor, column: tl.tensor, side: tl.tensor, line: tl.tensor) -> tl.tensor:
     """Return where the elements of a window of ``side`` columns lie in a grid of ``line`` columns."""
     return (row + index // side) * line + column + index % side
 
 
 @triton.jit
-def find_window(program, firsts, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def find_window(
+    program: tl.tensor, firsts: tl.tensor, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+) -> tl.tuple:
     """Return the head, the window's place, the image, and the window's first token."""
     head = program % HEADS
     window = program // HEADS
@@ -72,7 +74,16 @@ def find_window(program, firsts, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMN
 
 
 @triton.jit
-def find_reader(step, tiles, tile_row, tile_column, rows, columns, most_down, most_across):
+def find_reader(
+    step: tl.tensor,
+    tiles: tl.tensor,
+    tile_row: tl.tensor,
+    tile_column: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    most_down: tl.tensor,
+    most_across: tl.tensor,
+) -> tl.tuple:
     """Return a pair of window and tile of its queries from the lists of the windows that read a tile of tokens."""
     window = step // tiles
     number = tl.load(columns + tile_column * most_across)
@@ -82,7 +93,17 @@ def find_reader(step, tiles, tile_row, tile_column, rows, columns, most_down, mo
 
 
 @triton.jit
-def share_steps(tile_row, tile_column, rows, columns, most_down, most_across, tiles, part, parts):
+def share_steps(
+    tile_row: tl.tensor,
+    tile_column: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    most_down: tl.tensor,
+    most_across: tl.tensor,
+    tiles: tl.tensor,
+    part: tl.tensor,
+    parts: tl.tensor,
+) -> tl.tuple:
     """Return the first and the last but one step that a program takes out of all that a tile of tokens needs."""
     steps = tl.load(rows + tile_row * most_down) * tl.load(columns + tile_column * most_across) * tiles
     first = tl.cdiv(steps, parts) * part
