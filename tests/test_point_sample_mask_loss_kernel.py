@@ -72,6 +72,15 @@ def test_maps_in_any_layout(layout, monkeypatch):
     assert torch.allclose(sample_points(maps, points), expected, atol=1e-5)
 
 
+def test_points_at_any_place_in_memory(monkeypatch):
+    """Two points are read as one number, which must not start in the middle of another."""
+    monkeypatch.setenv("DENSEPRED_OPS", "triton")
+    maps, numbers = torch.randn(1, 4, 4, generator=random_of(13)).to(DEVICE), torch.rand(21).to(DEVICE)
+    for points in (numbers[1:].view(1, 10, 2), numbers[1:].view(1, 2, 10).mT, numbers[:20].view(1, 10, 2).flip(2)):
+        exact = sample_points(maps.double(), points.double())
+        assert relative_error(sample_points(maps, points), exact) < 1e-6
+
+
 @pytest.mark.parametrize("kind", [torch.bool, torch.uint8])
 def test_samples_of_whole_numbers(kind, monkeypatch):
     random = random_of(2)
