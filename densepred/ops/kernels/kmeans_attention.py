@@ -1,13 +1,13 @@
 """Forward kernels of k-means attention: the assignment, and the centre sums as a product with it.
 
-Tiling. `assign` gives a program 64 pixels, whose logits it reads once; every thread keeps the first maximum of each 8th
-query, and one reduction over the 8 ends it. `add_up` gives a program a run of pixels of one image, 128 or 256 channels
+Tiling. `_assign` gives a program 64 pixels, whose logits it reads once; every thread keeps the first maximum of each 8th
+query, and one reduction over the 8 ends it. `_add_up` gives a program a run of pixels of one image, 128 or 256 channels
 and up to 256 queries, and walks the run by tiles: values (channels, pixels) times the tile's one-hot assignment, which
 exists in shared memory only, added up in registers (64 or 128 floats a thread) while the next tile is on its way.
 float32 values are three bfloat16 terms, 24 bits and so exact; half precision is multiplied as it is. Every program
 writes its sums once, (runs, B, D, Q) in float32, and those are added in a fixed order: no atomics, always
 deterministic. Values and logits are read once: 40 MB for an image of 161 x 161 in float32, 9 us at 4.3 TB/s. Where there
-are few pixels `add_up` finds the assignment itself, which reads logits once per 128 channels, but saves a launch.
+are few pixels `_add_up` finds the assignment itself, which reads logits once per 128 channels, but saves a launch.
 
 A value that is infinite or NaN makes its channel's sums of all queries NaN, as the product with a one-hot matrix does.
 
@@ -20,12 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 ASSIGNED_PIXELS = 64
-"""Pixels of a program of `assign`."""
+"""Pixels of a program of `_assign`."""
 WARPS = 8
 FUSED_PIXELS = 1 << 14
-"""Pixels of a batch up to which `add_up` finds the assignment; beyond it reading the logits twice costs more."""
+"""Pixels of a batch up to which `_add_up` finds the assignment; beyond it reading the logits twice costs more."""
 PROCESSORS = 132
-"""Programs of `add_up` at once, as many as an H200 has processors: each one takes most of a processor's registers."""
+"""Programs of `_add_up` at once, as many as an H200 has processors: each one takes most of a processor's registers."""
 RUN_COST = 1 / 16
 """What a run costs (its sums are written and read once) in units of a tile."""
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -51,7 +51,7 @@ def _first_maximum(logits, at, inside, queries, pixels, BLOCK_P: tl.constexpr, R
 
 
 @triton.jit
-def assign(logits, assignment, queries, pixels, BLOCK_P: tl.constexpr, ROWS: tl.constexpr):
+def _assign(logits, assignment, queries, pixels, BLOCK_P: tl.constexpr, ROWS: tl.constexpr):
     batch = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = at < pixels
@@ -67,7 +67,7 @@ def _add_product(sums, value, hot):
 
 
 @triton.jit
-def add_up(
+def _add_up(
     values,
     logits,
     assignment,
@@ -138,8 +138,8 @@ def forward(pixel_value: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(values):
         if not fused:
             grid = (triton.cdiv(pixels, ASSIGNED_PIXELS), batch)
-            assign[grid](logits, assignment, queries, pixels, ASSIGNED_PIXELS, WARPS, num_warps=WARPS)
-        add_up[(runs, blocks, batch)](
+            _assign[grid](logits, assignment, queries, pixels, ASSIGNED_PIXELS, WARPS, num_warps=WARPS)
+        _add_up[(runs, blocks, batch)](
             values,
             logits,
             assignment,

@@ -3,9 +3,9 @@
 Tiling. A program owns 4 x 32 pixels of the file and walks the queries by 16 or 32. For every (query, pixel) it gathers the
 taps from the small logits (a tile's lie within a few rows and about 10 columns of each query, so they come from the L1
 and are read from memory once), adds them up, rows first, and takes the sigmoid; nothing of this leaves the processor.
-`argmax_classes` multiplies the tile (pixels, queries) by the class probabilities (queries, classes) on the tensor cores, each
+`_argmax_classes` multiplies the tile (pixels, queries) by the class probabilities (queries, classes) on the tensor cores, each
 float32 as two TF32 terms of 11 bits and three products, so that scores are as exact as float32 sums, keeps the scores in
-registers, and writes a label a pixel. `assign_owners` keeps each pixel's best query and adds up three counts a query;
+registers, and writes a label a pixel. `_assign_owners` keeps each pixel's best query and adds up three counts a query;
 integers, so that their atomic additions give one result in any order.
 
 Of 1024 x 2048 pixels and 100 queries it reads 52 MB and writes 17 MB (16 us at 4.3 TB/s); what it is bound by are the 210
@@ -114,7 +114,7 @@ def _first_of_largest(scores, classes, width, FULL: tl.constexpr):
 
 
 @triton.jit
-def argmax_classes(
+def _argmax_classes(
     logits,
     probs,
     row_indices,
@@ -180,7 +180,7 @@ def argmax_classes(
 
 
 @triton.jit
-def assign_owners(
+def _assign_owners(
     logits,
     factors,
     row_indices,
@@ -282,9 +282,10 @@ def argmax(mask_logits: Tensor, probs: Tensor, rows: Taps, columns: Taps) -> Ten
     grid, arguments = _launch(mask_logits, rows, columns)
     labels = torch.empty(arguments["height"], arguments["width"], dtype=torch.int64, device=probs.device)
     main, rest = _class_blocks(probs.shape[1])
+    taps = arguments["ROW_TAPS"] * arguments["COLUMN_TAPS"]
     if labels.numel():
         with torch.cuda.device_of(mask_logits):
-            argmax_classes[grid](
+            _argmax_classes[grid](
                 logits=mask_logits.contiguous(),
                 probs=probs.float().contiguous(),
                 labels=labels,
@@ -295,7 +296,7 @@ def argmax(mask_logits: Tensor, probs: Tensor, rows: Taps, columns: Taps) -> Ten
                 FULL=main <= probs.shape[1] <= main + rest,
                 num_warps=4 if main + rest <= 32 else 8,
                 num_stages=1,
-                maxnreg=128 if main + rest <= 160 else None,  # so that two programs of 8 warps fit a processor
+                maxnreg=128 if main + rest <= 160 and taps <= 4 else None,  # two programs of 8 warps fit a processor
                 **arguments,
             )
     return labels
@@ -308,7 +309,7 @@ def owner(mask_logits: Tensor, scores: Tensor, rows: Taps, columns: Taps) -> tup
     areas = torch.zeros(len(scores), 3, dtype=torch.int64, device=scores.device)
     if ids.numel():
         with torch.cuda.device_of(mask_logits):
-            assign_owners[grid](
+            _assign_owners[grid](
                 logits=mask_logits.contiguous(),
                 factors=scores.float().contiguous(),
                 ids=ids,
