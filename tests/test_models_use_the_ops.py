@@ -12,7 +12,15 @@ EXPECTED = {
     "vwformer_effnetlite0_camvid": {"varying_window_attention", "varying_window_attention_backward"},
     "centerpoly_resdcn18_cityscapes": {"modulated_deform_conv2d", "modulated_deform_conv2d_backward"},
     "centerpoly_r18_shapes": {"polygon_areas"},
-    "mask2former_r18_shapes": {"ms_deform_attn_fused", "ms_deform_attn_fused_backward"},
+    "mask2former_r18_shapes": {
+        "ms_deform_attn_fused",
+        "ms_deform_attn_fused_backward",
+        "point_matching_costs",
+        "sample_points",
+        "sample_points_backward",
+        "point_mask_losses",
+        "point_mask_losses_backward",
+    },
     "fpn_biformer_s_ade20k": {"bilevel_routing_attention", "bilevel_routing_attention_backward"},
 }
 

@@ -6,7 +6,7 @@ from densepred.ops.kmeans_attention import kmeans_attention
 from densepred.ops.linear_resize import Taps, linear_taps
 from densepred.ops.mask_argmax import mask_argmax, mask_owner
 from densepred.ops.modulated_deform_conv2d import ModulatedDeformConv2d, modulated_deform_conv2d
-from densepred.ops.ms_deform_attn import ms_deform_attn
+from densepred.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 from densepred.ops.point_sample_mask_loss import (
     point_mask_losses,
     point_matching_costs,
@@ -28,6 +28,7 @@ __all__ = [
     "mask_owner",
     "modulated_deform_conv2d",
     "ms_deform_attn",
+    "ms_deform_attn_fused",
     "point_mask_losses",
     "point_matching_costs",
     "polygon_areas",

@@ -38,7 +38,7 @@ def mask_score_bands(mask_logits: Tensor, probs: Tensor, rows: Taps, columns: Ta
 
     The arguments are those of `mask_argmax`.
     """
-    num_classes, probs = probs.shape[1], padded_classes(probs)  # (Q, C'), C' >= C
+    num_classes, probs = probs.shape[1], padded_classes(probs.to(columns.weights.dtype))  # (Q, C'), C' >= C
     values = sum(probs.shape) + max(probs.shape) + 4  # the last band lives until its loop variable is bound anew
     for band, logits in logit_bands(mask_logits, rows, columns, values):
         yield band, mask_scores(logits, probs)[..., :num_classes]

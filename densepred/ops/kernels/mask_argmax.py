@@ -64,8 +64,9 @@ def _taps(
         for j in tl.static_range(COLUMN_TAPS):
             column = tl.load(column_indices + x * COLUMN_TAPS + j, inside, 0).to(tl.int32)
             # Not contiguous, but so said that neighbouring pixels go to neighbouring lanes; vectors it does not make.
-            places = places + (tl.max_contiguous(logits + (row + column), 2),)
-            weights = weights + (row_weight * tl.load(column_weights + x * COLUMN_TAPS + j, inside, 0.0),)
+            place = tl.max_contiguous(logits + (row + column), 2)
+            weight = row_weight * tl.load(column_weights + x * COLUMN_TAPS + j, inside, 0.0)
+            places, weights = places + (place,), weights + (weight,)  # noqa: RUF005 Triton knows no unpacking
     return places, weights
 
 
