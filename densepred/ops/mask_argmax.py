@@ -142,7 +142,8 @@ def mask_argmax(mask_logits: Tensor, probs: Tensor, rows: Taps, columns: Taps) -
         (H, W) int64, the first class where scores tie.
 
     Raises:
-        ValueError: the tensors are no floats of one device, or shapes disagree.
+        ValueError: the tensors are no floats of one device, or shapes disagree (of resizes on a GPU this is not seen;
+            the kernel then reads the nearest row or column).
     """
     return _mask_argmax(mask_logits, probs, *_checked("mask_argmax", mask_logits, "probs", probs, 2, rows, columns))
 
@@ -161,7 +162,8 @@ def mask_owner(mask_logits: Tensor, scores: Tensor, rows: Taps, columns: Taps) -
         tie. (K, 3) int64 areas by query: pixels it owns, those of them written, those where it has that probability.
 
     Raises:
-        ValueError: the tensors are no floats of one device, or shapes disagree.
+        ValueError: the tensors are no floats of one device, or shapes disagree (of resizes on a GPU this is not seen;
+            the kernel then reads the nearest row or column).
     """
     return _mask_owner(mask_logits, scores, *_checked("mask_owner", mask_logits, "scores", scores, 1, rows, columns))
 
@@ -177,8 +179,20 @@ def _checked(
             f"{op}: mask_logits {shape} and {name} {tuple(factors.shape)} must be (queries, h, w) and "
             f"{('(queries,)', '(queries, classes)')[axes - 1]}, of one query or more"
         )
+    if not torch.compiler.is_compiling():
+        _check_reach(op, shape, rows, columns)
     rows, columns = (taps.on(upcast(mask_logits[:0])) for taps in (rows, columns))
     return rows.indices, rows.weights, columns.indices, columns.weights
+
+
+def _check_reach(op: str, shape: tuple[int, ...], rows: Taps, columns: Taps) -> None:
+    for axis, taps, size in (("rows", rows, shape[1]), ("columns", columns, shape[2])):
+        # Read where this does not wait for a GPU.
+        if taps.indices.device.type == "cpu" and taps.indices.numel() and int(taps.indices.max()) >= size:
+            raise ValueError(
+                f"{op}: {axis} read input {int(taps.indices.max())}, mask_logits {shape} have {size} of them: make them by "
+                f"linear_taps({size}, ...)"
+            )
 
 
 __all__ = ["CLASS_MULTIPLE", "mask_argmax", "mask_owner", "mask_score_bands", "mask_scores", "padded_classes"]

@@ -30,7 +30,8 @@ def argmax_inputs(queries: int, classes: int, size: tuple[int, int], random: Gen
 def owner_inputs(queries: int, size: tuple[int, int], random: Generator) -> tuple[Tensor, ...]:
     """Return mask logits, class scores and the resizes."""
     masks, *resizes = masks_and_resizes(queries, size, random)
-    return masks, 0.8 + 0.2 * torch.rand(queries, generator=random), *resizes
+    # Scores as far apart as they can be, or in half precision the baseline's products tie.
+    return masks, torch.linspace(0.1, 1, queries)[torch.randperm(queries, generator=random)], *resizes
 
 
 def full_size(mask_logits: Tensor, size: tuple[int, int]) -> Tensor:

@@ -46,6 +46,7 @@ def _taps(
     row_weights,
     column_indices,
     column_weights,
+    area,
     small_width,
     y,
     x,
@@ -59,10 +60,12 @@ def _taps(
     """
     places, weights = (), ()
     for i in tl.static_range(ROW_TAPS):
-        row = tl.load(row_indices + y * ROW_TAPS + i, inside, 0).to(tl.int32) * small_width
+        row = tl.load(row_indices + y * ROW_TAPS + i, inside, 0).to(tl.int32)
+        row = tl.minimum(tl.maximum(row, 0), area // small_width - 1) * small_width
         row_weight = tl.load(row_weights + y * ROW_TAPS + i, inside, 0.0)
         for j in tl.static_range(COLUMN_TAPS):
             column = tl.load(column_indices + x * COLUMN_TAPS + j, inside, 0).to(tl.int32)
+            column = tl.minimum(tl.maximum(column, 0), small_width - 1)
             # Not contiguous, but so said that neighbouring pixels go to neighbouring lanes; vectors it does not make.
             place = tl.max_contiguous(logits + (row + column), 2)
             weight = row_weight * tl.load(column_weights + x * COLUMN_TAPS + j, inside, 0.0)
@@ -145,6 +148,7 @@ def _argmax_classes(
         row_weights,
         column_indices,
         column_weights,
+        area,
         small_width,
         y,
         x,
@@ -208,6 +212,7 @@ def _assign_owners(
         row_weights,
         column_indices,
         column_weights,
+        area,
         small_width,
         y,
         x,
