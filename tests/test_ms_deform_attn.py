@@ -1,4 +1,4 @@
-"""The multi-scale deformable attention op: the published numbers, a plain grid_sample loop, autograd, the compilers."""
+"""Multi-scale deformable attention, plain and fused: the published numbers, a grid_sample loop, autograd, compilers."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from densepred.ops import ms_deform_attn
+from densepred.ops.ms_deform_attn import ms_deform_attn_fused
 from tests import parity
 
 META, EXPECTED = parity.case(parity.CASES / "ms_deform_attn")
@@ -163,6 +164,17 @@ def test_low_precision_sums_in_float32(dtype):
         torch.testing.assert_close(mine.double(), truth, rtol=torch.finfo(dtype).eps, atol=2e-5)
 
 
+def test_heads_apart_in_memory():
+    """A tensor whose heads lie far apart, and each with one sample, has no dense view."""
+    value, shapes, starts, locations, weights = problem([(3, 5)], queries=1)
+    locations, weights = locations[..., :1, :], weights[..., :1]
+    apart = weights.transpose(0, 2).contiguous().transpose(0, 2)
+    expected, got = (
+        outputs_and_gradients(ms_deform_attn, value, shapes, starts, locations, w) for w in (weights, apart)
+    )
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 def test_strided_inputs_and_levels_out_of_order():
     value, shapes, starts, locations, weights = problem(PYRAMID)
     strided = [tensor.transpose(0, 2).contiguous().transpose(0, 2) for tensor in (value, locations, weights)]
@@ -228,7 +240,7 @@ def test_exports_as_one_node_with_free_sizes():
     torch.testing.assert_close(program.module()(*other), Step()(*other))
 
 
-def test_errors_name_what_is_wrong(monkeypatch):
+def test_errors_name_what_is_wrong():
     value, shapes, starts, locations, weights = problem(PYRAMID)
     for arguments, message in (
         ((value[0], shapes, starts, locations, weights), r"value \(24, 2, 4\) must be \(B, S, heads, D\)"),
@@ -238,6 +250,106 @@ def test_errors_name_what_is_wrong(monkeypatch):
         ((value, shapes, starts[:1], locations, weights), r"level_start_index is \(1,\), but \(3,\)"),
         ((value[:, :20], shapes, starts, locations, weights), r"4 x 2 pixels from row 16 .*20 rows"),
         ((value, shapes, starts - 1, locations, weights), r"from row -1"),
+        ((value, shapes, starts, locations.int(), weights), r"sampling_locations is torch.int32"),
+        ((value, shapes, starts, locations, weights.to("meta")), r"attention_weights is on meta, value on cpu"),
     ):
         with pytest.raises(ValueError, match=message):
             ms_deform_attn(*arguments)
+
+
+# The fused form -------------------------------------------------------------------------------------------------------
+
+
+def fused_problem(sides: list, shared: bool = True, **shape) -> tuple[Tensor, ...]:
+    value, shapes, starts, locations, weights = problem(sides, **shape)
+    references = locations[: 1 if shared else None, :, 0, :, 0].contiguous()
+    return value, shapes, starts, references, locations[..., [1, 0]] * 5 - 2, weights * 3
+
+
+def unfused(value, shapes, starts, references, offsets, logits) -> Tensor:
+    """What the fused op stands for, by autograd."""
+    weights = logits.flatten(3).softmax(-1).view(logits.shape)
+    sides = shapes.flip(1)[:, None].clamp(min=1)
+    return ms_deform_attn(value, shapes, starts, references[:, :, None, :, None] + offsets / sides, weights)
+
+
+def fused_results(op, value, shapes, starts, references, offsets, logits, grad=None) -> list[Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in (value, offsets, logits)]
+    output = op(leaves[0], shapes, starts, references, *leaves[1:])
+    grad = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape) if grad is None else grad
+    return [output, *torch.autograd.grad(output, leaves, grad)]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("sides", [PYRAMID, [(7, 3)], [(3, 5), (0, 4), (2, 2)]], ids=["odd", "one", "empty within"])
+def test_fused_is_softmax_and_sum_around_the_plain_op(sides, shared):
+    arguments = fused_problem(sides, shared)
+    got, expected = (fused_results(op, *arguments) for op in (ms_deform_attn_fused, unfused))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_fused_reads_half_precision_beside_float32_reference_points():
+    value, shapes, starts, references, offsets, logits = fused_problem(PYRAMID)
+    low = [tensor.bfloat16() for tensor in (value, offsets, logits)]
+    got = fused_results(ms_deform_attn_fused, low[0], shapes, starts, references.float(), *low[1:])
+    exact = [tensor.double() for tensor in low]
+    grad = torch.linspace(-1, 1, got[0].numel(), dtype=torch.bfloat16).view(got[0].shape).double()
+    expected = fused_results(unfused, exact[0], shapes, starts, references.float().double(), *exact[1:], grad)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in got)
+    for mine, truth in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine.double(), truth, rtol=torch.finfo(torch.bfloat16).eps, atol=2e-5)
+
+
+@pytest.mark.parametrize("sides", [[(0, 0)], [(2, 3)]])
+@pytest.mark.parametrize("queries", [0, 2])
+def test_fused_with_nothing_to_sample_is_zero(sides, queries):
+    arguments = fused_problem(sides, queries=queries)
+    found = fused_results(ms_deform_attn_fused, *arguments)
+    assert [x.shape for x in found] == [(2, queries, 8), *(arguments[i].shape for i in (0, 4, 5))]
+    assert any(x.any() for x in found) == (queries > 0 and sides[0][0] > 0)
+
+
+def test_fused_opcheck():
+    value, shapes, starts, references, offsets, logits = fused_problem(PYRAMID)
+    leaves = [tensor.requires_grad_() for tensor in (value, offsets, logits)]
+    arguments = (leaves[0], shapes, starts, references, *leaves[1:])
+    torch.library.opcheck(torch.ops.densepred.ms_deform_attn_fused, arguments)
+    backward = (torch.ones(2, 7, 8, dtype=value.dtype), *(tensor.detach() for tensor in arguments))
+    torch.library.opcheck(torch.ops.densepred.ms_deform_attn_fused_backward, backward)
+
+
+class FusedStep(torch.nn.Module):
+    def forward(self, value: Tensor, *others: Tensor) -> Tensor:
+        return ms_deform_attn_fused(value * 2, *others[:4], others[4] * 3).relu()
+
+
+def test_fused_compiles_without_a_graph_break_and_exports_as_one_node():
+    arguments = fused_problem(PYRAMID)
+    compiled = torch.compile(FusedStep(), fullgraph=True, backend="aot_eager")
+    got, expected = (fused_results(op, *arguments) for op in (compiled, FusedStep()))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    free = {1: torch.export.Dim.DYNAMIC}
+    shapes = {"value": free, "others": (None, None, free, free, free)}
+    program = torch.export.export(FusedStep(), arguments, dynamic_shapes=shapes)
+    nodes = [str(node.target) for node in program.graph.nodes if "densepred" in str(node.target)]
+    assert nodes == ["densepred.ms_deform_attn_fused.default"]
+    other = fused_problem([(6, 5), (2, 3), (1, 2)], queries=4)
+    torch.testing.assert_close(program.module()(*other), FusedStep()(*other))
+
+
+def test_fused_errors_name_what_is_wrong():
+    value, shapes, starts, references, offsets, logits = fused_problem(PYRAMID)
+    for arguments, message in (
+        ((value, shapes, starts, references.clone().requires_grad_(), offsets, logits), "call ms_deform_attn with loc"),
+        (
+            (value, shapes, starts, references[:, :5], offsets, logits),
+            r"is \(1, 5, 3, 2\), but \(2, 7, 3, 2\) or \(1, 7",
+        ),
+        ((value, shapes, starts, references.expand(3, -1, -1, -1), offsets, logits), r"is \(3, 7, 3, 2\)"),
+        ((value, shapes, starts, references, offsets[:, :5], logits), r"offsets is \(2, 5, 2, 3, 3, 2\)"),
+        ((value, shapes, starts, references, offsets, logits[0]), r"attention_logits \(7, 2, 3, 3\) \(B, Q, heads"),
+        ((value, shapes, starts, references, offsets, logits.long()), r"attention_logits is torch.int64"),
+        ((value[:, :20], shapes, starts, references, offsets, logits), r"4 x 2 pixels from row 16 .*20 rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ms_deform_attn_fused(*arguments)

@@ -129,10 +129,10 @@ def _sum_bags(
     # A bag for each corner: to interleave the four would cost more.
     for row, numbers in zip(rows, (top * left, top.mul_(right), left.mul_(bottom), right.mul_(bottom)), strict=True):
         part = functional.embedding_bag(
-            row.view(-1, samples), table, per_sample_weights=numbers.view(-1, samples), mode="sum"
+            row.reshape(-1, samples), table, per_sample_weights=numbers.reshape(-1, samples), mode="sum"
         )
         sums = part if sums is None else sums.add_(part)
-    return sums.view(batch, queries, heads * depth).to(value.dtype)
+    return sums.reshape(batch, queries, heads * depth).to(value.dtype)
 
 
 def _corners(y: tuple[Tensor, Tensor], x: tuple[Tensor, Tensor]) -> Tensor:
@@ -163,14 +163,14 @@ def _sum_bags_backward(
 
     rows = bags(torch.stack(corners, 2))
     grad = grad.to(dtype).reshape(rows.shape[0], -1)  # (B * Q * heads, D)
-    grad_value = _scatter(grad, rows, bags(bilinear * factors), value.shape[:3].numel()).view(value.shape)
+    grad_value = _scatter(grad, rows, bags(bilinear * factors), value.shape[:3].numel()).reshape(value.shape)
     dots = _dots(grad, value.to(dtype).reshape(-1, value.shape[-1]), rows)
-    dots = dots.view(*weights.shape[:3], 4, samples).transpose(2, 3).flatten(3)  # (B, Q, 4, n)
-    grad_weights = (dots * bilinear).sum(2).view(weights.shape)
+    dots = dots.reshape(*weights.shape[:3], 4, samples).transpose(2, 3).flatten(3)  # (B, Q, 4, n)
+    grad_weights = (dots * bilinear).sum(2).reshape(weights.shape)
     dots.mul_(factors)
     grad_y = (dots * _corners(slopes[0], shares[1])).sum(2).mul_(placed.y.side)
     grad_x = (dots * _corners(shares[0], slopes[1])).sum(2).mul_(placed.x.side)
-    grad_locations = torch.stack([grad_x, grad_y], -1).view(sampling_locations.shape)
+    grad_locations = torch.stack([grad_x, grad_y], -1).reshape(sampling_locations.shape)
     gradients = (grad_value, grad_locations, grad_weights)
     return tuple(gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, inputs, strict=True))
 
@@ -178,11 +178,11 @@ def _sum_bags_backward(
 def _scatter(grad: Tensor, rows: Tensor, numbers: Tensor, count: int) -> Tensor:
     """Return (count, D): for every row the sum of the gradients of the bags that hold it, times its numbers."""
     # Sorted by row, the gradient is a bag too: faster than `index_add_`, and its order of summation is fixed.
-    flat = rows.view(-1)
+    flat = rows.reshape(-1)
     order = flat.sort(stable=True).indices
     sizes = flat.bincount(minlength=count)
     bags = order.div(rows.shape[1], rounding_mode="floor")
-    sorted_numbers = numbers.view(-1).index_select(0, order)
+    sorted_numbers = numbers.reshape(-1).index_select(0, order)
     return functional.embedding_bag(
         bags, grad, sizes.cumsum(0) - sizes, per_sample_weights=sorted_numbers, mode="sum"
     )  # (count, D)
@@ -193,8 +193,8 @@ def _dots(grad: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     starts = torch.arange(0, rows.numel(), rows.shape[1], device=rows.device)
     bags = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])
     # What autograd calls for `embedding_bag`; below autograd, where an op's backward runs, it has no public name.
-    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(grad, table, rows.view(-1), starts, bags, 0)
-    return dots.view(rows.shape)
+    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(grad, table, rows.reshape(-1), starts, bags, 0)
+    return dots.reshape(rows.shape)
 
 
 def _placed(
@@ -208,7 +208,7 @@ def _placed(
     references = references.to(dtype)[:, :, None, :, None].expand(-1, -1, -1, -1, points, -1).contiguous()
     # Along the last axis a softmax over a dozen numbers takes five times as long.
     weights = logits.to(dtype).flatten(3).movedim(-1, 0).softmax(0).movedim(0, -1)
-    return references + offsets.to(dtype) / sides, weights.view(logits.shape), sides
+    return references + offsets.to(dtype) / sides, weights.unflatten(3, logits.shape[3:]), sides
 
 
 def _fused_sum_bags(
@@ -242,7 +242,7 @@ def _fused_sum_bags_backward(
     return (
         grad_value,
         grad_locations.div_(sides).to(offsets.dtype),
-        grad_logits.reshape(logits.shape).to(logits.dtype),
+        grad_logits.to(logits.dtype).reshape(logits.shape).contiguous(),
     )
 
 

@@ -150,9 +150,10 @@ def _along(x, axis, FUSED: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _shares(distance, side):
-    """The linear weights of the two pixels along an axis."""
+    """The linear weights of the two pixels along an axis; none of a distance that is no number."""
     gap = tl.where(side > 1, 1.0, INFINITY)
-    return tl.maximum(1 - tl.abs(distance), 0.0), tl.maximum(1 - tl.abs(distance - gap), 0.0)
+    first, second = 1 - tl.abs(distance), 1 - tl.abs(distance - gap)
+    return tl.maximum(first, 0.0, tl.PropagateNan.ALL), tl.maximum(second, 0.0, tl.PropagateNan.ALL)
 
 
 @triton.jit
