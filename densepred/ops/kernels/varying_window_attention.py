@@ -195,8 +195,8 @@ def _attend_token_backward(query, pairs, firsts, grad, lse, delta, out, rows, co
         slopes = weights * (add_product(v, tl.trans(g), tl.zeros((TY * TX, BM), tl.float32)) - mean[None, :])
         of_keys = add_product(convert(slopes, q.dtype), q, of_keys)
     out += part.to(tl.int64) * images * grid * (2 * HEADS * DEPTH)
-    tl.store(out + at, of_keys * factor, mask=there)
-    tl.store(out + at + HEADS * DEPTH, of_values, mask=there)
+    tl.store(out + at, convert(of_keys * factor, out.dtype.element_ty), mask=there)
+    tl.store(out + at + HEADS * DEPTH, convert(of_values, out.dtype.element_ty), mask=there)
 
 
 def forward(query: Tensor, context: Tensor, weight: Tensor, bias: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -242,7 +242,7 @@ def backward(
         del pairs, call
         slopes = (parts.sum(0) if len(parts) > 1 else parts[0]).view(-1, 2 * channels)
         del parts
-        grad_bias = slopes.sum(0).to(bias.dtype)
+        grad_bias = slopes.sum(0, dtype=torch.float32).to(bias.dtype)
         slopes = slopes.to(tokens.dtype)
         grad_weight = slopes.t() @ tokens.view(-1, channels)
         del tokens

@@ -236,7 +236,8 @@ def _gather_map(slopes_map, weights_map, query, grad, firsts, out, rows, columns
         result = add_product(weights, values, result)
     target = (part.to(tl.int64) * images + image) * grid + y * line + x
     target = target[:, None] * (2 * HEADS * DEPTH) + (of_values * HEADS + head) * DEPTH + d
-    tl.store(out + target, result * factor, mask=(y * line + x < grid)[:, None] & (x < line)[:, None] & (d < DEPTH))
+    result = convert(result * factor, out.dtype.element_ty)
+    tl.store(out + target, result, mask=(y * line + x < grid)[:, None] & (x < line)[:, None] & (d < DEPTH))
 
 
 def _map(call: Call, dtype: torch.dtype) -> Tensor:

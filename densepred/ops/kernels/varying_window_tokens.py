@@ -315,14 +315,20 @@ class Call(NamedTuple):
         return len(self.plan.readers[0]) * len(self.plan.readers[1]) * self.layout.heads * len(self.queries)
 
     def side(self, most: int) -> int:
-        """Return the side of a tile of a window's queries or tokens."""
+        """Return the side of a tile of a window's queries or tokens; above 64 only where that pads nothing."""
+        while most > 64 and self.count % most:
+            most //= 2
         return max(16, min(most, triton.next_power_of_2(self.count)))
 
     def token_slopes(self, parts: int, tile: int) -> Tensor:
-        """Return memory for the gradients of keys and values in ``parts``, no more than pairs of window and tile."""
+        """Return memory for the gradients of keys and values in ``parts``, no more than pairs of window and tile.
+
+        They are in float32 where they are to be summed, else in the dtype that products by them run in.
+        """
         steps = (self.plan.readers[0].shape[1] - 1) * (self.plan.readers[1].shape[1] - 1) * -(-self.count // tile)
         parts = max(1, min(parts, steps))
-        return torch.empty(parts, *self.pairs.shape, dtype=torch.float32, device=self.pairs.device)
+        dtype = torch.float32 if parts > 1 else self.pairs.dtype
+        return torch.empty(parts, *self.pairs.shape, dtype=dtype, device=self.pairs.device)
 
 
 __all__ = [
