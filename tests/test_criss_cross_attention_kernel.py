@@ -42,7 +42,7 @@ def by_kernel(monkeypatch):
     sides=st.one_of(
         st.tuples(*[st.integers(1, 5)] * 2), st.tuples(*[st.integers(1, 2)] * 3), st.sampled_from([(2, 20), (20, 1)])
     ).filter(lambda sides: max(sides) > 1),
-    channels=st.tuples(st.integers(1, 20), st.integers(1, 40)),
+    channels=st.sampled_from([(1, 1), (5, 21), (17, 32)]),  # a kernel is compiled for each
     batch=st.integers(1, 2),
     dtype=st.sampled_from(DTYPES),
     kind=st.sampled_from(["", "transposed", "channels last", "part"]),

@@ -111,7 +111,7 @@ def _store_tile(maps, tile, pixels, inside, first, CHANNELS: tl.constexpr, WIDTH
     tl.store(place, _convert(tile, maps.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _forward(
     q, k, v, earlier, out, log_sum, length, inner,
     ENERGY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, ENERGY: tl.constexpr, OWN_KEY: tl.constexpr,
@@ -165,7 +165,7 @@ def _delta(grad, out, delta, pixels, CHANNELS: tl.constexpr, PIXELS: tl.constexp
     tl.store(delta + pixel, tl.sum(products, 1), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _value_gradients(
     q, k, grad, log_sum, grad_v, length, inner,
     ENERGY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, ENERGY: tl.constexpr, OWN_KEY: tl.constexpr,
@@ -197,7 +197,7 @@ def _value_gradients(
     _store_tile(grad_v, result, pixels, inside, first, CHANNELS, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _energy_gradients(
     q, k, v, grad, log_sum, delta, sum_q, sum_k, grad_q, grad_k, length, inner,
     ENERGY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, ENERGY: tl.constexpr, OWN_KEY: tl.constexpr,
