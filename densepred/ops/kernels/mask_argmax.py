@@ -2,7 +2,7 @@
 
 Tiling. A program owns 4 x 32 pixels of the file and walks the queries by 16. For every (query, pixel) it gathers the
 taps from the small logits (a tile's lie within a few rows and about 10 columns of each query, so they come from the L1
-and are read from memory once), adds them up, rows first, and takes the sigmoid; nothing of this leaves the processor.
+and are read from memory once), adds them up by the products of both weights, and takes the sigmoid; none is written.
 `_argmax_classes` multiplies the tile (pixels, queries) by the class probabilities (queries, classes) on the tensor cores, each
 float32 as two TF32 terms of 11 bits and three products, so that scores are as exact as float32 sums, keeps the scores in
 registers, and writes a label a pixel. `_assign_owners` keeps each pixel's best query and adds up three counts a query;
