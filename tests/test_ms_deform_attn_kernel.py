@@ -107,6 +107,13 @@ def test_slopes_on_whole_pixels_are_those_of_the_eager_form(reach):
     check_kernel(ms_deform_attn_fused, arguments, FUSED, torch.float32, 1e-6)
 
 
+def test_levels_may_share_rows():
+    """As many queries as rows, but not a pixel of the levels each."""
+    value, _, _, locations, weights = plain_arguments([(2, 4), (1, 4)], points=1)
+    shapes, starts = torch.tensor([[2, 4], [3, 4]]), torch.tensor([0, 0])
+    check_kernel(public, (value, shapes, starts, locations, weights), PLAIN, torch.float32, 1e-6)
+
+
 def broken(locations: Tensor) -> Tensor:
     """Put no numbers, infinities and numbers beyond all integers into some queries."""
     locations = locations.clone()
